@@ -114,10 +114,12 @@ def test_a_file_that_generate_did_not_write_is_never_replaced(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "notes.jsonl"
-    out.write_text("mine")
-    for more in ([], ["--restart"]):
-        assert main(command(folder, out, *more)) == 2
-        assert "exists already" in capsys.readouterr().err and out.read_text() == "mine"
+    for file in (out, partial_path(out)):
+        file.write_text("mine")
+        for more in ([], ["--restart"]):
+            assert main(command(folder, out, *more)) == 2
+            assert "exists already" in capsys.readouterr().err and file.read_text() == "mine"
+        file.unlink()
 
 
 def test_the_manifest_names_no_folder_of_the_machine(folder: Path, made: Path) -> None:
@@ -139,7 +141,7 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
 
 def test_damaged_ends_of_a_partial_file_are_cut_off(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
-    for damage in (b"", b"\0\0\0\n", b'{"made_w'):
+    for damage in (b"", b"\0\0\0\n", b'{"made_with": {"a'):
         partial_path(out).write_bytes(damage if damage.startswith(b"{") else b"")
         with AnswerFile(out, {"a": 1}, 3, 3, exact=True) as file:
             assert file.done == 0

@@ -45,9 +45,9 @@ def chat(
 ) -> None:
     """Chat with a model. Reads lines from the terminal or from a pipe.
 
-    Lines that begin with / are commands: /reset clears the conversation, /system TEXT also sets the system message,
-    /adapter NAME switches to an adapter of --adapter (base: none), /help lists the commands, /exit ends. Ctrl-C stops an
-    answer and keeps what there is of it; Ctrl-D ends.
+    Lines that begin with / are commands: /reset clears the conversation, /system TEXT also sets the system
+    message, /adapter NAME switches to an adapter of --adapter (base: none), /help lists the commands, /exit ends.
+    Ctrl-C stops an answer and keeps what there is of it; Ctrl-D ends.
     """
     from tunesmith.data.encode.templates import apply_template
     from tunesmith.models.adapters.adapter_set import load_adapters
@@ -115,7 +115,7 @@ def _answer(
     params: SamplingParams,
     wants_logprobs: bool,
 ) -> JsonObject | None:
-    """Print an answer as it comes and return it with its figures; None if the conversation exceeds the window.
+    """Print an answer as it comes and return it with its figures; None if the window is too small for it.
 
     Ctrl-C ends the answer; the text until then is kept."""
     from tunesmith.evaluate.answer_prompts import speed, token_logprobs

@@ -157,21 +157,24 @@ def _answer_to_file(queue: Queue, out: Path, made_with: JsonObject, restart: boo
 
     total = queue.count * queue.samples
     kept = AnswerFile(out, made_with, total, queue.block_prompts * queue.samples, queue.is_exact, restart)
-    with kept, AnswerProgress(0 if kept.complete else total, queue, kept.done) as progress:
-        if kept.complete:
-            print_stderr(f"{out} is complete: it was made by this command")
-        elif kept.done:
-            print_stderr(f"continuing {partial_path(out)}: {kept.done:,} of {total:,} answers are there")
-        try:
+    progress = AnswerProgress(0, queue)
+    try:
+        with kept:
+            if kept.complete:
+                print_stderr(f"{out} is complete: it was made by this command")
+            elif kept.done:
+                print_stderr(f"continuing {partial_path(out)}: {kept.done:,} of {total:,} answers are there")
             if not kept.complete:
-                for index, line in queue.run(kept.has):
-                    kept.add(index, line)
-                    progress.add(line["tokens"])
+                with AnswerProgress(total, queue, kept.done) as progress:
+                    for index, line in queue.run(kept.has):
+                        kept.add(index, line)
+                        progress.add(line["tokens"])
                 kept.finish()
-        except KeyboardInterrupt:
-            print_stderr(f"{kept.done:,} of {total:,} answers are kept in {partial_path(out)}. "
-                         "Type the same command again to continue.")  # fmt: skip
-            raise
+    except KeyboardInterrupt:
+        print_stderr(
+            f"{kept.done:,} of {total:,} answers are kept in {partial_path(out)}. Type the same command to continue."
+        )
+        raise
     first = read_first(out, SHOWN)
     return {"rows": total, "first": first, "summary": _summary(queue, progress), "out": str(out)}
 

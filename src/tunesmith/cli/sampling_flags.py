@@ -1,4 +1,4 @@
-"""The flags of the sampling rule: one table, which gives ``generate`` and ``chat`` their options, help and values."""
+"""The flags of the sampling rule: one table gives ``generate`` and ``chat`` their options, help and values."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The file of answers of ``generate --out``: written while the answers come, and continued after a kill.
 
-Answers are added to ``FILE.partial`` as they end. When all are there, they are written to FILE in the order of the
-prompts, and ``FILE.manifest.json`` records what they were made with. The same command continues a partial
-file, and does nothing for a complete one. Other settings, another model or other data are refused.
+Answers are added to ``FILE.partial`` as they end. When all are there, they are written to FILE in the order
+of the prompts, and ``FILE.manifest.json`` records what they were made with. The same command continues a
+partial file, and does nothing for a complete one. Other settings, another model or other data are refused.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from tunesmith.json_types import JsonObject
 from tunesmith.runs import metrics_file
 from tunesmith.runs.run_folder import flatten
 
+HEADER = b'{"made_with": '
+"""The beginning of a partial file."""
 SHOWN_CHARACTERS = 80
 """Characters of a value that the difference of two manifests shows."""
 
@@ -42,9 +44,9 @@ def manifest_path(out: Path) -> Path:
 class AnswerFile:
     """The answers to ``count`` requests, in blocks of ``block``, that are kept in ``out``.
 
-    ``made_with``: what the answers depend on, as plain JSON. ``exact``: an answer depends on its request alone, so
-    a partial file keeps each of its answers; otherwise it keeps those of its complete blocks, because an answer
-    may also depend on the rounding of a batch. ``restart``: begin again, whatever is there.
+    ``made_with``: what the answers depend on, as plain JSON. ``exact``: an answer depends on its request alone,
+    so a partial file keeps each of its answers; otherwise it keeps those of its complete blocks, because an
+    answer may also depend on the rounding of a batch. ``restart``: begin again, whatever is there.
     """
 
     def __init__(
@@ -57,13 +59,15 @@ class AnswerFile:
         self.complete = False
         """``out`` has all answers already."""
         self._file: IO[bytes] | None = None
+        self._restart = restart
         check_target(out)
+        before = self._header()
         if restart:
-            partial_path(out).unlink(missing_ok=True)
-        elif (before := self._header()) is not None:
+            return
+        if before is not None:
             self._require_same(before, partial_path(out))
         elif out.exists():
-            self._require_same(json.loads(manifest_path(out).read_text(encoding="utf-8")), out)
+            self._require_same(_manifest(out), out)
             self.done, self.complete = count, True
 
     def __enter__(self) -> AnswerFile:
@@ -72,6 +76,8 @@ class AnswerFile:
         with files.naming_full_disk(self.out):
             self._file = partial_path(self.out).open("a+b")
             self._lock(self._file)
+            if self._restart:
+                self._file.truncate(0)
             self._read_answers(self._file)
         return self
 
@@ -105,13 +111,23 @@ class AnswerFile:
         partial_path(self.out).unlink()
 
     def _header(self) -> JsonObject | None:
-        """Return what the partial file was made with; None if there is none, or a kill left it empty."""
-        with suppress(FileNotFoundError), partial_path(self.out).open("rb") as file:
-            first = file.readline()
-            if first.endswith(b"\n"):
-                header: JsonObject = json.loads(first)["made_with"]
-                return header
-        return None
+        """Return what the partial file was made with; None if there is none, or a kill cut its first line.
+
+        Raises UserError for a file that ``generate`` did not write."""
+        try:
+            with partial_path(self.out).open("rb") as file:
+                first = file.readline()
+        except FileNotFoundError:
+            return None
+        if not first.endswith(b"\n") and first[: len(HEADER)] == HEADER[: len(first)]:
+            return None
+        try:
+            header: JsonObject = json.loads(first)["made_with"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{partial_path(self.out)} exists already, and generate did not write it. Remove it, or name another --out."
+            ) from None
+        return header
 
     def _require_same(self, before: JsonObject, file: Path) -> None:
         old, new = flatten(before), flatten(json.loads(json.dumps(self.made_with)))
@@ -157,6 +173,17 @@ class AnswerFile:
                     self._offsets[index] = place
                 self.done, kept_end, new = self.done + len(new), end, []
         file.truncate(kept_end)
+
+
+def _manifest(out: Path) -> JsonObject:
+    """Return what a complete file was made with. Raises UserError."""
+    try:
+        made_with: JsonObject = json.loads(manifest_path(out).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{manifest_path(out)} cannot be read ({error}): it was changed. Name another --out, or add --restart."
+        ) from None
+    return made_with
 
 
 def read_first(out: Path, count: int) -> list[JsonObject]:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from tunesmith.models.generate.decode import Loaded
 
 BLOCK_ROUNDS = 4
-"""A block has about this many times as many answers as rows run at once: few rows wait for its last answer."""
+"""Answers of a block, in multiples of the rows that run at once: slots are free only at the end of a block."""
 LOGPROB_DIGITS = 5
-"""Digits after the point of a log-probability: the engine computes no more of them exactly."""
+"""Digits after the point of a log-probability; more are not exact in fp32."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Queue:
 
     The queue is generated in blocks of ``block_prompts`` prompts, each with an engine of its own. The rows
     that run together in a block are therefore the same whether or not other blocks were generated in the same
-    process. ``on_plain``: gets a sentence if the model runs row by row.
+    process. ``note``: gets a sentence if the model runs row by row.
     """
 
     loaded: Loaded
@@ -75,7 +75,7 @@ class Queue:
 
     @property
     def is_exact(self) -> bool:
-        """True if each line of the output is a function of its request alone, whatever runs at the same time.
+        """True if each line of the output depends on its request alone, whatever runs at the same time.
 
         In 16 bits, and in the last digits of a log-probability, a batch shows in the rounding of its products."""
         return self.loaded[0].dtype is torch.float32 and not self.logprobs
@@ -102,11 +102,11 @@ class Queue:
         """Return warnings about the prompts, after all were read and tokenised.
 
         Raises UserError for a prompt that the template refuses, that is empty, or that fills the window."""
-        engine, losing = Engine(*self.loaded, self.most), Losing(self.loaded[1])
+        engine, omitted = Engine(*self.loaded, self.most), OmittedText(self.loaded[1])
         for asked in self.prompts:
-            losing.add(asked)
+            omitted.add(asked)
             engine.check([self._request(asked.row, asked, 0)])  # its error names the row
-        return losing.warnings
+        return omitted.warnings
 
     def run(self, is_done: Callable[[int], bool] = lambda index: False) -> Iterator[tuple[int, JsonObject]]:
         """Yield each answer as it ends: its index, prompt times ``samples`` plus sample, and its line.
@@ -160,7 +160,7 @@ class Queue:
 
 
 @dataclass
-class Losing:
+class OmittedText:
     """Counts the prompts whose text or tools the chat template leaves out."""
 
     tokenizer: PreTrainedTokenizerBase
