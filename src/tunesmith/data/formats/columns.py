@@ -17,13 +17,15 @@ from tunesmith.data.formats.fields import (
     FieldFault,
     Format,
     Values,
+    are_python_text,
     optional,
+    refuse_collection,
     require_text,
     required,
 )
 from tunesmith.data.formats.label_fields import build_labelled, build_multilabel, scan_vectors
-from tunesmith.data.formats.preference_fields import build_prompt_completion
-from tunesmith.data.formats.record_values import NUMERIC_FIELDS, numbers_to_text, unify_line_ends
+from tunesmith.data.formats.preference_fields import build_prompt_completion, turns_from_json
+from tunesmith.data.formats.record_values import NUMERIC_FIELDS, STRUCTURED_FIELDS, numbers_to_text, unify_line_ends
 from tunesmith.data.formats.squad_file import build_question
 from tunesmith.data.formats.turns import (
     MEDIA,
@@ -175,6 +177,9 @@ class Converter:
             values = self._values(record.value, names)
             if self.prompt_template is not None and self.form.prompt:
                 values[self.form.prompt] = self._fill_template(record.value)
+            for name in self.facts.get("lists", ()):
+                if name in values and turns_from_json(values[name]) is values[name]:
+                    refuse_collection(values[name], name)
             unanswered = self.prompts and not self.gold
             row = self.form.build(Values(values | self.facts | {"gold": self.gold, "unanswered": unanswered}))
             return prompt_fields.with_columns(row, record.value, names) if isinstance(row, Prompt) else row
@@ -230,11 +235,12 @@ class Converter:
 
     def scan(self, records: Iterable[Record]) -> JsonObject:
         """Facts about the whole file, from its first rows."""
-        if self.form.scan is None:
-            return {}
         matches = [(record.value, *self.match(tuple(record.value))) for record in records]
         sample = [self._values(value, names) for value, names, missing in matches if not missing]
-        return self.form.scan(sample)
+        text_fields = [part.name for part in self.form.fields if part.name not in STRUCTURED_FIELDS]
+        lists = [name for name in text_fields if are_python_text([values.get(name) for values in sample])]
+        facts = self.form.scan(sample) if self.form.scan else {}
+        return facts | ({"lists": lists} if lists else {})
 
     def _fill_template(self, record: JsonObject) -> str:
         def fill(match: re.Match[str]) -> str:

@@ -130,6 +130,8 @@ def check_text(value: object, field: str) -> str:
     """Return ``value`` if it is a string of whole Unicode characters without NUL."""
     if not isinstance(value, str):
         fix = "Write it as a string, in quotes."
+        if isinstance(value, list | tuple | Mapping):
+            raise _collection_fault(value, field)
         if isinstance(value, int | float) and not isinstance(value, bool):
             fix = "Write it as a string, in quotes; or set numbers_as_text: true (data.train.0.numbers_as_text=true)."
         raise FieldFault(field, "text", shorten(value), fix)
@@ -146,6 +148,52 @@ def check_text(value: object, field: str) -> str:
         got = f"half a surrogate pair (\\u{code:04x}) {after}"
         raise FieldFault(field, "Unicode text", got, "Write the whole character.") from None
     return value
+
+
+def _collection_fault(value: object, field: str) -> FieldFault:
+    """Return the error for a list or a mapping where text is expected."""
+    got = f"a {'mapping' if isinstance(value, Mapping) else 'list'}: {shorten(value)}"
+    name = re.split(r"[.\[]", field)[0]
+    fix = (
+        f"Write one text, or name the part that is text: columns: {{{name}: COLUMN.0}} for the first item of a list, "
+        f"{{{name}: COLUMN.KEY}} for a key of a mapping."
+    )
+    return FieldFault(field, "text", got, fix)
+
+
+def refuse_collection(value: object, field: str) -> None:
+    """Raise FieldFault for the text of a list or a mapping."""
+    found = parse_collection(value)
+    if found is not None:
+        raise _collection_fault(found, field)
+
+
+def are_python_text(column: Sequence[object]) -> bool:
+    """Return whether a column of texts holds lists or mappings as Python writes them, as pandas does in a csv.
+
+    JSON alone does not show it: an answer may have to be JSON."""
+    texts = [value for value in column if isinstance(value, str) and value.strip()]
+    return (
+        bool(texts)
+        and all(parse_collection(value) is not None for value in texts)
+        and any(_parse_json_text(value) is None for value in texts)
+    )
+
+
+def parse_collection(value: object) -> object:
+    """Parse a list or mapping that came as text, of JSON, Python or a NumPy array; None for any other value."""
+    if not isinstance(value, str) or (value.strip()[:1], value.strip()[-1:]) not in (("[", "]"), ("{", "}")):
+        return None
+    if (parsed := _parse_json_text(value)) is not None:
+        return parsed
+    return value.split() if NO_COMMA.search(value) else _parse_python(value)
+
+
+def _parse_json_text(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError):
+        return None
 
 
 def check_nested_text(value: object, field: str) -> None:

@@ -6,7 +6,6 @@ answers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -20,6 +19,7 @@ from tunesmith.data.formats.fields import (
     Format,
     Values,
     optional,
+    parse_collection,
     parse_list,
     require_text,
     required,
@@ -154,7 +154,7 @@ def _are_plain(answers: Sequence[object]) -> bool:
 def parse_prompt(values: Values, plain_answers: bool) -> str | list[Message]:
     """The turns before the answers; a text if the answers are plain text, without system prompt and tools."""
     value = turns_from_json(values["prompt"])
-    if value is not None and not isinstance(value, str):
+    if _are_turns(value):
         return with_system(parse_turns(value, "prompt"), values)
     text = require_text(value, "prompt")
     if DIALOGUE.match(text) and text.rstrip().endswith("Assistant:"):
@@ -236,9 +236,9 @@ def _parse_side(value: object, field: str, whole: bool = False) -> list[Message]
     value = turns_from_json(value)
     last = f"{field}[{len(value) - 1}]" if isinstance(value, list | tuple) and value else field
     try:
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and {"role", "from"} & value.keys():
             return [parse_turn(dict(value), field)]
-        if isinstance(value, list | tuple):
+        if _are_turns(value):
             return parse_turns(value, field)
         text = require_text(value, field)
     except FieldFault as fault:
@@ -263,16 +263,19 @@ def _answer_text(value: object, field: str) -> str:
 
 
 def turns_from_json(value: object) -> object:
-    """Parse one turn or several that came as JSON text, as in a csv; any other value is returned as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[{", '{"')):
-        return value
-    try:
-        parsed = json.loads(value)
-    except (RecursionError, ValueError):
+    """Parse one turn or several that came as text of JSON or Python, as in a csv; any other value is returned
+    as it is."""
+    parsed = parse_collection(value)
+    if parsed is None:
         return value
     turns = parsed if isinstance(parsed, list) else [parsed]
     is_turns = all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in turns)
     return parsed if is_turns else value
+
+
+def _are_turns(value: object) -> bool:
+    """Return whether a value is a list, and not of texts."""
+    return isinstance(value, list | tuple) and not (value and all(isinstance(item, str) for item in value))
 
 
 def _listed_answers(value: object, gold: bool) -> Sequence[object]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tunesmith.data.formats.fields import parse_collection
 from tunesmith.json_types import JsonObject
 
 NUMERIC_FIELDS = {
@@ -14,6 +14,9 @@ NUMERIC_FIELDS = {
 }  # fmt: skip
 """Fields whose numbers are never converted to text: grades, positions, classes, schemas."""
 
+STRUCTURED_FIELDS = NUMERIC_FIELDS | {"messages", "conversations", "history", "tokens"}
+"""Fields whose value may be a list or a mapping; all others are text, or turns."""
+
 TEXT_KEYS = ("content", "value", "text")
 """Keys of a turn, or of one part of its content, that hold text."""
 
@@ -21,8 +24,8 @@ TEXT_KEYS = ("content", "value", "text")
 def with_nested(value: JsonObject, columns: Iterable[str]) -> JsonObject:
     """Return ``value`` with a column ``a.b`` for field b of the object in column a, if the row has one.
 
-    A part of the name that is a number is a position in a list. The object may be JSON text, as in a csv
-    cell."""
+    A part of the name that is a number is a position in a list. The object may be text of JSON or
+    Python, as in a csv cell."""
     found = {}
     for column in columns:
         if column not in value:
@@ -34,11 +37,8 @@ def with_nested(value: JsonObject, columns: Iterable[str]) -> JsonObject:
 def _reach(value: Any, path: list[str]) -> Iterable[Any]:
     """Yield the value at the end of ``path``; nothing if it does not exist."""
     for key in path:
-        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-            try:
-                value = json.loads(value)
-            except (RecursionError, ValueError):
-                return ()
+        if (parsed := parse_collection(value)) is not None:
+            value = parsed
         if isinstance(value, Mapping) and key in value:
             value = value[key]
         elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
