@@ -134,7 +134,8 @@ def outcome(made: dict[str, Any], straight: dict[str, Any], out: Path, point: Po
     lost. Where no later write is as long as ``point`` says, the run is killed between two operations."""
     code, answer = in_fork(lambda: train(made, out, point))
     if code == 0 and point.limit is not None:
-        return outcome(made, straight, out.with_name("killed between two operations"), Point(point.number))
+        apart = out.parent.with_name(f"{out.parent.name} between operations") / out.name  # as new as the first folder
+        return outcome(made, straight, apart, Point(point.number))
     if code >= 0:
         return f"not killed: ended with {code}: {answer}"
     code, answer = in_fork(lambda: train(made, out, resume=True))

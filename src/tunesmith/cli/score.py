@@ -17,6 +17,7 @@ def score(
     format: options.Format = None,
     column: options.Columns = None,
     limit: options.Limit = None,
+    template_kwarg: options.TemplateKwargs = None,
     max_length: options.MaxLength = None,
     precision: options.Precision = "auto",
     batch_tokens: options.BatchTokens = 2048,
@@ -26,7 +27,8 @@ def score(
     as_json: options.Json = False,
 ) -> None:
     """Score every answer with a reward model and rank several, best first. Labels in the file are ignored."""
+    kwargs = options.parse_template_kwargs(template_kwarg)
     write_predictions(
         model, data, out, "scoring", as_json, column, format=format, limit=limit, max_length=max_length, precision=precision,
-        batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
+        batch_tokens=batch_tokens, split=split, name=name, streaming=streaming, template_kwargs=kwargs,
     )  # fmt: skip

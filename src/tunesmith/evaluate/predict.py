@@ -14,6 +14,7 @@ import torch
 from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Listed
 from tunesmith.data.data_config import Source
+from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.formats.fields import Columns
 from tunesmith.data.read.source import OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
@@ -60,6 +61,7 @@ def predict(
     name: str | None = None,
     streaming: bool = False,
     rewards: bool = False,
+    template_kwargs: JsonObject | None = None,
     note: Callable[[str], None] = lambda line: None,
     on_precision: Callable[[ComputeDtype], None] = lambda chosen: None,
 ) -> Iterator[JsonObject]:
@@ -73,7 +75,7 @@ def predict(
     Gold labels in the rows are ignored. An unreadable row gets ``error`` and affects no other row. A row
     above ``max_length`` is cut. ``note`` receives the numbers of unreadable and of cut rows at the end;
     ``on_precision`` the compute dtype, before the first row is computed.
-    ``rewards``: accept reward models only. Raises UserError for a model that generates text, and for a file
+    ``rewards``: accept reward models only. ``template_kwargs``: variables of the chat template. Raises UserError for a model that generates text, and for a file
     that cannot be opened.
     """
     hub = {"split": split, "name": name, "streaming": streaming}
@@ -86,6 +88,8 @@ def predict(
     ranks = Ranking in opened.objective.traits.rows
     if rewards and not ranks:
         raise ModelError(f"this model was trained for {opened.name}, not rewards: use tunesmith predict.")
+    if template_kwargs:
+        opened = replace(opened, tokenizer=apply_template(opened.tokenizer, None, template_kwargs)[0])
     accepted, trained = opened.objective.traits.rows, opened.trained
     reader = _open_rows(source_as_trained(trained, data, accepted, given, keys, gold=False), opened)
     longest = max_length or trained.get("max_length") or opened.objective.max_length
