@@ -49,3 +49,15 @@ def test_there_is_no_interval_without_two_rows_or_something_to_divide_by():
     assert figure(rows([0, 0], [0, 0])) is None and of_figure(rows([0, 0], [0, 0])) is None
     assert of_difference(rows([0, 0], [0, 0]), rows([1, 2])) is None
     assert of_figure(rows([float("nan"), 1])) is None
+
+
+def test_an_exponential_has_the_exponentials_of_the_interval():
+    draw = np.random.default_rng(4)
+    before, after = rows(draw.normal(40, 9, 60), draw.integers(5, 30, 60)), rows(draw.normal(30, 9, 60), draw.integers(5, 30, 60))
+    loss, perplexity = of_figure(before), of_figure(before, exponential=True)
+    assert (perplexity.low, perplexity.high) == pytest.approx((np.exp(loss.low), np.exp(loss.high)))
+    change = of_difference(before, after, exponential=True)
+    assert (
+        change.value == pytest.approx(np.exp(figure(after)) - np.exp(figure(before))) and change.low < change.value < change.high
+    )
+    assert of_figure(rows([800.0, 900.0]), exponential=True) is None  # exp overflows

@@ -39,7 +39,8 @@ def test_the_values_of_rows_make_the_figures_of_the_evaluation(runs, objective):
     result, _, _ = runs(objective)
     figures = result["assessment"]["figures"]
     measured = {name: one for name, one in figures.items() if "rows" in one}
-    assert measured and (objective == "kto" or objectives.module(objective).Objective.traits.best[0] in measured)
+    assert objectives.module(objective).Objective.traits.best[0] in measured
+    assert ("perplexity" in measured) == ("perplexity" in objectives.module(objective).Objective.traits.figures)
     for name, one in measured.items():
         assert one["value"] == pytest.approx(result[name], abs=1e-6), name
         assert one["change"]["value"] == pytest.approx(result[name] - result[f"{name}_before"], abs=1e-6), name
@@ -51,6 +52,7 @@ BASELINES = {
     "tag": {"eval_f1": (0.0, "always O"), "eval_accuracy": (None, "always O")},
     "qa": {"eval_f1": (0.0, "always no answer"), "eval_exact_match": (0.0, "always no answer")},
     "reward": {"eval_accuracy": (None, "always the longer answer")},
+    "kto": {"eval_loss": (0.5, "the reference policy, unchanged")},
     "dpo": {"eval_rewards/accuracies": (None, "always the longer answer")},
 }
 

@@ -75,8 +75,8 @@ def predict(
     Gold labels in the rows are ignored. An unreadable row gets ``error`` and affects no other row. A row
     above ``max_length`` is cut. ``note`` receives the numbers of unreadable and of cut rows at the end;
     ``on_precision`` the compute dtype, before the first row is computed.
-    ``rewards``: accept reward models only. ``template_kwargs``: variables of the chat template. Raises UserError for a model that generates text, and for a file
-    that cannot be opened.
+    ``rewards``: accept reward models only. ``template_kwargs``: variables of the chat template. Raises
+    UserError for a model that generates text, and for a file that cannot be opened.
     """
     hub = {"split": split, "name": name, "streaming": streaming}
     given, keys = {"format": format, "columns": columns}, {"limit": limit, **hub}

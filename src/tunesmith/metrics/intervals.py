@@ -46,33 +46,42 @@ def figure(rows: RowValues) -> float | None:
     return float(above / below) if below else None
 
 
-def of_figure(rows: RowValues) -> Interval | None:
+def of_figure(rows: RowValues, exponential: bool = False) -> Interval | None:
     """Return a figure with its interval: Wilson's for a share of rows, else a bootstrap's.
 
-    None for fewer than two rows, a value that is not finite, or a denominator of 0."""
+    ``exponential``: of exp(figure), as perplexity is of the mean loss. exp is monotone, so the ends of the
+    interval are the exponentials of the figure's. None for fewer than two rows, a value that is not finite,
+    or a denominator of 0."""
     values = np.array(list(rows.values()), np.float64).reshape(-1, 2)
     if not _can_be_drawn(values):
         return None
     value = float(values[:, 0].sum() / values[:, 1].sum())
     if np.isin(values[:, 0], (0, 1)).all() and (values[:, 1] == 1).all():
-        return Interval(value, *_wilson(value, len(values)), len(values))
-    above, below = _draws(values).T
-    return Interval(value, *_middle(_divide(above, below)), len(values))
+        found = (value, *_wilson(value, len(values)))
+    else:
+        above, below = _draws(values).T
+        found = (value, *_middle(_divide(above, below)))
+    if exponential:
+        found = (float(np.exp(found[0])), float(np.exp(found[1])), float(np.exp(found[2])))
+    return Interval(*found, len(values)) if np.isfinite(found).all() else None
 
 
-def of_difference(before: RowValues, after: RowValues) -> Interval | None:
+def of_difference(before: RowValues, after: RowValues, exponential: bool = False) -> Interval | None:
     """Return ``after`` minus ``before`` over the rows that both have, with a paired bootstrap interval.
 
-    None for fewer than two common rows, a value that is not finite, or a denominator of 0."""
+    ``exponential``: of the difference of exp(figure). None for fewer than two common rows, a value that is
+    not finite, or a denominator of 0."""
     places = sorted(before.keys() & after.keys())
     values = np.array([(*before[place], *after[place]) for place in places], np.float64).reshape(-1, 4)
     if not (_can_be_drawn(values[:, :2]) and _can_be_drawn(values[:, 2:])):
         return None
     sums = values.sum(axis=0)
-    value = float(sums[2] / sums[3] - sums[0] / sums[1])
     drawn = _draws(values).T
-    differences = _divide(drawn[2], drawn[3]) - _divide(drawn[0], drawn[1])
-    return Interval(value, *_middle(differences), len(places))
+    scale = np.exp if exponential else np.asarray
+    value = float(scale(sums[2] / sums[3]) - scale(sums[0] / sums[1]))
+    differences = scale(_divide(drawn[2], drawn[3])) - scale(_divide(drawn[0], drawn[1]))
+    found = (value, *_middle(differences))
+    return Interval(*found, len(places)) if np.isfinite(found).all() else None
 
 
 def _can_be_drawn(values: np.ndarray) -> bool:

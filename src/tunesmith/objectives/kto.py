@@ -24,6 +24,7 @@ from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.rows import Judged
 from tunesmith.metrics.intervals import RowValues
 from tunesmith.objectives import (
+    Baseline,
     Batch,
     Example,
     JsonObject,
@@ -177,12 +178,7 @@ class Objective(objectives.Objective):
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
         """``eval_loss`` with its standard error, ``eval_kl``, and means of rewards and log p."""
-        import torch
-
         rows = [row for record in records for row in record["rows"]]
-        kl = max(0.0, math.fsum(row["other"] for row in rows) / max(1, len(rows)))
-        ratios = torch.tensor([row["ratio"] for row in rows], dtype=torch.float64)
-        desirable = torch.tensor([row["desirable"] for row in rows], dtype=torch.bool)
         means = {}
         for kind, label in (("chosen", True), ("rejected", False)):
             if of_kind := [row for row in rows if row["desirable"] is label]:
@@ -191,22 +187,46 @@ class Objective(objectives.Objective):
                 means[f"eval_logps/{kind}"] = math.fsum(row["logp"] for row in of_kind) / len(of_kind)
         if len(means) == 4:
             means["eval_rewards/margins"] = means["eval_rewards/chosen"] - means["eval_rewards/rejected"]
-        losses = [(loss, 1) for loss in self._losses(ratios, kl, desirable).tolist()]
-        return objectives.mean_loss(losses) | means | ({"eval_kl": kl} if self.estimates_kl else {})
+        losses = [(loss, 1) for loss in self._row_losses(rows)]
+        return objectives.mean_loss(losses) | means | ({"eval_kl": _kl(rows)} if self.estimates_kl else {})
+
+    def _row_losses(self, rows: Sequence[JsonObject], ratio: float | None = None) -> list[float]:
+        """Return the loss of each row of an evaluation; ``ratio``: as if this were each log ratio, without KL."""
+        import torch
+
+        ratios = [row["ratio"] if ratio is None else ratio for row in rows]
+        desirable = torch.tensor([row["desirable"] for row in rows], dtype=torch.bool)
+        kl = _kl(rows) if ratio is None else 0.0
+        losses: list[float] = self._losses(torch.tensor(ratios, dtype=torch.float64), kl, desirable).tolist()
+        return losses
+
+    def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
+        """Return the loss of the reference policy itself: every log ratio is 0."""
+        rows = [row for record in records for row in record["rows"]]
+        unchanged = {
+            row["row"]: (loss, 1.0) for row, loss in zip(rows, self._row_losses(rows, 0.0), strict=True)
+        }
+        return {"eval_loss": Baseline.of_rows("the reference policy, unchanged", unchanged)}
 
     def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
-        """Return rewards and log p of the chosen and the rejected answers.
+        """Return the loss, and rewards and log p of the chosen and the rejected answers.
 
-        The loss has no terms by row, because its KL term is one number for all rows."""
+        The KL term of the loss is one number for all rows. Its own sampling error is not in the interval."""
         rows = [row for record in records for row in record["rows"]]
+        losses = {row["row"]: (loss, 1.0) for row, loss in zip(rows, self._row_losses(rows), strict=True)}
         values = {"rewards": ("ratio", self.config.beta), "logps": ("logp", 1.0)}
-        return {
+        return {"eval_loss": losses} | {
             f"eval_{name}/{kind}": {
                 row["row"]: (scale * row[key], 1.0) for row in rows if row["desirable"] is label
             }
             for name, (key, scale) in values.items()
             for kind, label in (("chosen", True), ("rejected", False))
         }
+
+
+def _kl(rows: Sequence[JsonObject]) -> float:
+    """The KL baseline over the rows of an evaluation."""
+    return max(0.0, math.fsum(row["other"] for row in rows) / max(1, len(rows)))
 
 
 @dataclass(frozen=True)

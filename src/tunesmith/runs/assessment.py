@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -45,11 +45,12 @@ def measured(
     figures: dict[str, RowValues],
     baselines: dict[str, JsonObject],
     remarks: Sequence[str],
+    exponentials: Mapping[str, str] | None = None,
 ) -> JsonObject:
     """Return the facts of one evaluation that ``assess`` needs, as JSON.
 
     ``figures``: each row's terms, by figure. ``baselines``: ``words``, ``value`` and ``rows`` (or None) of
-    each figure's baseline."""
+    each figure's baseline. ``exponentials``: figure -> the figure of which it is the exponential."""
     return {
         "step": step,
         "figures": {name: _listed(rows) for name, rows in figures.items() if _is_finite(rows)},
@@ -58,6 +59,7 @@ def measured(
             for name, one in baselines.items()
         },
         "remarks": list(remarks),
+        "exponentials": dict(exponentials or {}),
     }
 
 
@@ -83,11 +85,15 @@ def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObjec
     includes zero."""
     figures: JsonObject = {}
     old = before["figures"] if before else {}
-    for name, listed in after["figures"].items():
-        rows = _rows(listed)
-        found = intervals.of_figure(rows)
+    exponentials: dict[str, str] = after.get("exponentials", {})
+    for name in [*after["figures"], *exponentials]:
+        of, exponential = exponentials.get(name, name), name in exponentials
+        rows = _rows(after["figures"].get(of))
+        found = intervals.of_figure(rows, exponential)
+        if exponential and found is None:
+            continue
         known = vars(found) if found else {"value": intervals.figure(rows), "rows": len(rows)}
-        change = _difference(name, _rows(old.get(name)), rows)
+        change = _difference(name, _rows(old.get(of)), rows, exponential)
         figures[name] = {**known, "change": change, "baseline": _baseline(after, name, rows)}
     for name, one in after["baselines"].items():  # figures without terms by row, such as macro F1
         figures.setdefault(name, {"baseline": {"words": one["words"], "value": one["value"]}})
@@ -110,8 +116,10 @@ def differences(run: Path, other: Path) -> JsonObject:
     }
 
 
-def _difference(name: str, before: RowValues, after: RowValues) -> JsonObject | None:
-    found = intervals.of_difference(before, after)
+def _difference(
+    name: str, before: RowValues, after: RowValues, exponential: bool = False
+) -> JsonObject | None:
+    found = intervals.of_difference(before, after, exponential)
     return None if found is None else {**vars(found), "better": _is_better(name, found)}
 
 

@@ -25,7 +25,12 @@ from tunesmith.data.formats.fields import (
 )
 from tunesmith.data.formats.label_fields import build_labelled, build_multilabel, scan_vectors
 from tunesmith.data.formats.preference_fields import build_prompt_completion, turns_from_json
-from tunesmith.data.formats.record_values import NUMERIC_FIELDS, STRUCTURED_FIELDS, numbers_to_text, unify_line_ends
+from tunesmith.data.formats.record_values import (
+    NUMERIC_FIELDS,
+    STRUCTURED_FIELDS,
+    numbers_to_text,
+    unify_line_ends,
+)
 from tunesmith.data.formats.squad_file import build_question
 from tunesmith.data.formats.turns import (
     MEDIA,
