@@ -39,20 +39,6 @@ def check_reported(name: str, figures: Mapping[str, float]) -> None:
         )
 
 
-def evaluate(
-    model: PreTrainedModel,
-    objective: Objective,
-    data: Encoded,
-    layout: Layout,
-    budget: int,
-    device: torch.device,
-    sets: Sequence[str] = (),
-    choose_threshold: bool = False,
-) -> dict[str, float]:
-    """Return the objective's figures over all of ``data``; see :func:`measure`."""
-    return measure(model, objective, data, layout, budget, device, sets, choose_threshold)[0]
-
-
 def measure(
     model: PreTrainedModel,
     objective: Objective,
