@@ -9,6 +9,7 @@ of rows that are hard for both cancels. The draws are seeded, so equal rows have
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -62,7 +63,7 @@ def of_figure(rows: RowValues, exponential: bool = False) -> Interval | None:
         above, below = _draws(values).T
         found = (value, *_middle(_divide(above, below)))
     if exponential:
-        found = (float(np.exp(found[0])), float(np.exp(found[1])), float(np.exp(found[2])))
+        found = (_exp(found[0]), _exp(found[1]), _exp(found[2]))
     return Interval(*found, len(values)) if np.isfinite(found).all() else None
 
 
@@ -77,10 +78,11 @@ def of_difference(before: RowValues, after: RowValues, exponential: bool = False
         return None
     sums = values.sum(axis=0)
     drawn = _draws(values).T
-    scale = np.exp if exponential else np.asarray
-    value = float(scale(sums[2] / sums[3]) - scale(sums[0] / sums[1]))
-    differences = scale(_divide(drawn[2], drawn[3])) - scale(_divide(drawn[0], drawn[1]))
-    found = (value, *_middle(differences))
+    ratios = [sums[0] / sums[1], sums[2] / sums[3], _divide(drawn[0], drawn[1]), _divide(drawn[2], drawn[3])]
+    if exponential:
+        with np.errstate(over="ignore", invalid="ignore"):
+            ratios = [np.exp(one) for one in ratios]
+    found = (float(ratios[1] - ratios[0]), *_middle(ratios[3] - ratios[2]))
     return Interval(*found, len(places)) if np.isfinite(found).all() else None
 
 
@@ -103,6 +105,11 @@ def _draws(values: np.ndarray) -> np.ndarray:
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Return the ratios of the draws. A draw with a denominator of 0 is nan: the interval leaves it out."""
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
+
+
+def _exp(value: float) -> float:
+    """Return exp(value), inf where it is too large."""
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _middle(values: np.ndarray) -> tuple[float, float]:
