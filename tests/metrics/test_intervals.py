@@ -60,4 +60,5 @@ def test_an_exponential_has_the_exponentials_of_the_interval():
     assert (
         change.value == pytest.approx(np.exp(figure(after)) - np.exp(figure(before))) and change.low < change.value < change.high
     )
-    assert of_figure(rows([800.0, 900.0]), exponential=True) is None  # exp overflows
+    large = rows([800.0, 900.0])  # exp overflows
+    assert of_figure(large, exponential=True) is None and of_difference(before, large, exponential=True) is None

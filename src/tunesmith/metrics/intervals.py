@@ -21,6 +21,9 @@ MOST_DRAWS, FEWEST_DRAWS = 1000, 200
 DRAWN_ROWS = 4_000_000
 """Rows drawn for one interval. Larger sets get fewer draws (at least ``FEWEST_DRAWS``), to bound the time."""
 
+LARGEST_EXPONENT = 700
+"""exp of a larger number is beyond the range of a float; such a perplexity has no interval."""
+
 Place = tuple[int, int]
 """Identity of a row: (index of its source, row in the source's file)."""
 RowValues = Mapping[Place, tuple[float, float]]
@@ -80,10 +83,11 @@ def of_difference(before: RowValues, after: RowValues, exponential: bool = False
     drawn = _draws(values).T
     ratios = [sums[0] / sums[1], sums[2] / sums[3], _divide(drawn[0], drawn[1]), _divide(drawn[2], drawn[3])]
     if exponential:
-        with np.errstate(over="ignore", invalid="ignore"):
-            ratios = [np.exp(one) for one in ratios]
+        if max(ratios[:2]) >= LARGEST_EXPONENT:
+            return None
+        ratios = [np.exp(np.minimum(one, LARGEST_EXPONENT)) for one in ratios]
     found = (float(ratios[1] - ratios[0]), *_middle(ratios[3] - ratios[2]))
-    return Interval(*found, len(places)) if np.isfinite(found).all() else None
+    return Interval(*found, len(places))
 
 
 def _can_be_drawn(values: np.ndarray) -> bool:
@@ -109,7 +113,7 @@ def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 def _exp(value: float) -> float:
     """Return exp(value), inf where it is too large."""
-    return math.exp(value) if value < 700 else math.inf
+    return math.exp(value) if value < LARGEST_EXPONENT else math.inf
 
 
 def _middle(values: np.ndarray) -> tuple[float, float]:
