@@ -148,8 +148,8 @@ def recipe(
 
 
 def weights(model_dir: str | Path) -> dict[str, torch.Tensor]:
-    (file,) = Path(model_dir).glob("*.safetensors")
-    return load_file(file)
+    """All of them, those of a value head next to the model included."""
+    return {name: value for file in Path(model_dir).glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def history(run: Path) -> list[dict[str, Any]]:

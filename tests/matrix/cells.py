@@ -40,10 +40,17 @@ OBJECTIVES: dict[str, Any] = {
         "temperature": 3.0,
         "rewards": [{"type": "length", "target": 4, "unit": "characters"}],
     },
+    "ppo": {
+        "type": "ppo",
+        "max_new_tokens": 4,
+        "rewards": [{"type": "length", "target": 4, "unit": "characters"}],
+    },
     "reward": "reward",
 }
 HEADS = ("classify", "tag", "qa", "reward")
 """Objectives with a head of their own; the others are a language model's."""
+VALUED = ("ppo",)
+"""Objectives with a value head in addition to the head of a language model."""
 
 ADAPTATIONS: dict[str, Any] = {
     "full": "full",
@@ -208,7 +215,8 @@ def is_head(name: str) -> bool:
 
 def trains(cell: Cell, name: str) -> bool:
     """Whether a run of ``cell`` is to train the parameter ``name``."""
-    return TRAINS[cell.adaptation](name) or (cell.objective in HEADS and is_head(name))
+    value_head = cell.objective in VALUED and ".value_head." in f".{name}"
+    return TRAINS[cell.adaptation](name) or value_head or (cell.objective in HEADS and is_head(name))
 
 
 def _plain_logits(built: Any) -> torch.Tensor:

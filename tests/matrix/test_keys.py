@@ -62,6 +62,9 @@ CHARACTERS = [{"type": "length", "target": 4, "unit": "characters"}]
 GROUPS = {"type": "grpo", "num_generations": 5, "max_new_tokens": 4, "rewards": CHARACTERS}
 GRPO = {"objective": GROUPS}
 TWICE = {"objective": {**GROUPS, "update_epochs": 2}}
+VALUED = {"type": "ppo", "max_new_tokens": 4, "rewards": CHARACTERS, "update_epochs": 1}
+PPO = {"objective": VALUED}
+PASSES = {"objective": {**VALUED, "update_epochs": 4}}
 REWARD = {"objective": {"type": "reward"}, "data.train.0.path": "PREFERENCES", "samples": None}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
@@ -109,6 +112,21 @@ CASES = [
     Case("objective.beta", 0.5, "history", TWICE),
     Case("objective.use_kl_in_reward", True, "history", {"objective": {**TWICE["objective"], "beta": 0.5}}),
     Case("objective.resample", 1, "history", {"objective": {**GROUPS, "rewards": [{"type": "length", "max": 9}]}}),
+    Case("objective.kl_coef", 0.5, "history", PPO),
+    Case("objective.kl_estimator", "k3", "history", PPO),
+    Case("objective.target_kl", 6.0, "history", PPO),
+    Case("objective.horizon", 10.0, "history", {"objective": {**VALUED, "target_kl": 6.0}}),
+    Case("objective.gamma", 0.5, "history", PPO),
+    Case("objective.gae_lambda", 0.0, "history", PPO),
+    Case("objective.clip_range_value", 1e-4, "history", PASSES),
+    Case("objective.vf_coef", 1.0, "history", PPO),
+    Case("objective.entropy_coef", 0.1, "history", PPO),
+    Case("objective.value_stop_gradient", True, "history", PPO),
+    Case("objective.whiten_advantages", False, "history", PPO),
+    Case("objective.missing_eos_penalty", 9.0, "history", PPO),
+    Case("objective.reward_normalization", "std", "history", PPO),
+    Case("objective.reward_clip", 0.5, "history", PPO),
+    Case("objective.early_stop_kl", 1e-9, "history", PASSES),
     Case("objective.margin", True, "error", REWARD),
     Case("objective.center_rewards_coefficient", 0.1, "history", REWARD),
     Case("objective.overlong", "error", "error", {**REWARD, "train.max_length": 12}),

@@ -29,15 +29,17 @@ def policy(adapted, name="llama"):
 
 def by_hand(model, rows, temperature):
     """Row by row, from transformers' own logits and hidden states."""
-    logps, values = [], []
+    logps, values, entropies = [], [], []
     for row in rows:
         ids = torch.from_numpy(row["input_ids"]).long()[None]
         out = model(input_ids=ids, output_hidden_states=True)
         targets = [place for place in range(1, len(row["input_ids"])) if row["supervised"][place]]
         before = [place - 1 for place in targets]
-        logps.append((out.logits[0, before] / temperature).log_softmax(-1)[range(len(targets)), ids[0, targets]])
+        every = (out.logits[0, before] / temperature).log_softmax(-1)
+        logps.append(every[range(len(targets)), ids[0, targets]])
+        entropies.append(-(every.exp() * every).sum(-1))
         values.append(value_head.find(model)(out.hidden_states[-1][0, before])[:, 0])
-    return torch.cat(logps), torch.cat(values)
+    return torch.cat(logps), torch.cat(values), torch.cat(entropies)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -55,13 +57,18 @@ def test_one_pass_gives_log_probabilities_and_values(name, adapted, layout, temp
     passes.clear()
     attention.register()
     base(model).set_attn_implementation(attention.NAME if layout.packed else "sdpa")
-    logps, hidden = log_probs.with_hidden(model, with_targets(rows, layout), temperature)
-    values = value_head.values_at(model, hidden)
+    found = log_probs.at_targets(model, with_targets(rows, layout), temperature, entropies=True)
+    made = found.logps, value_head.values_at(model, found.hidden), found.entropies
     assert len(passes) == 1
-    assert torch.allclose(logps, expected[0], atol=2e-5) and torch.allclose(values, expected[1], atol=2e-5)
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(made, expected, strict=True))
+    logps, entropies, hidden = log_probs.with_entropies(model, with_targets(rows, layout), temperature)
+    assert torch.equal(logps, made[0]) and torch.equal(hidden, found.hidden) and len(passes) == 2
+    assert torch.allclose(entropies, made[2], atol=2e-5)
     ours, theirs = (
-        torch.autograd.grad(one[0].sum() + one[1].square().sum(), [p for p in model.parameters() if p.requires_grad])
-        for one in ((logps, values), expected)
+        torch.autograd.grad(
+            one[0].sum() + one[1].square().sum() + one[2].sum(), [p for p in model.parameters() if p.requires_grad]
+        )
+        for one in (made, expected)
     )
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max())) for a, b in zip(ours, theirs, strict=True))
 

@@ -15,7 +15,7 @@ from tunesmith.cli.train import summary
 from tunesmith.runs import assessment
 from tunesmith.runs.figure_format import change_text
 
-OBJECTIVES = ("sft", "cpt", "classify", "tag", "qa", "reward", "dpo", "kto", "grpo")
+OBJECTIVES = ("sft", "cpt", "classify", "tag", "qa", "reward", "dpo", "kto", "grpo", "ppo")
 ENCODED = ("classify", "tag", "qa")
 
 

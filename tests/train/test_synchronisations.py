@@ -86,7 +86,7 @@ def counted(made, out, patch):
     return per_step, counter.where
 
 
-@pytest.mark.parametrize("objective", ["sft", "cpt", "dpo", "kto", "grpo", "reward", "classify", "tag", "qa"])
+@pytest.mark.parametrize("objective", ["sft", "cpt", "dpo", "kto", "grpo", "ppo", "reward", "classify", "tag", "qa"])
 def test_one_wait_a_step(objective, tmp_path, monkeypatch):
     keys = OBJECTIVES[objective]
     made = recipe(tmp_path, objective=keys, adaptation={"type": "lora", "r": 4}, max_steps=10, micro_batch_tokens=40)

@@ -17,7 +17,9 @@ from tunesmith.json_types import JsonObject
 
 
 def init(
-    objective: Annotated[str, typer.Argument(help="sft, cpt, dpo, kto, grpo, reward, classify, tag or qa.")],
+    objective: Annotated[
+        str, typer.Argument(help="sft, cpt, dpo, kto, grpo, ppo, reward, classify, tag or qa.")
+    ],
     adaptation: Annotated[str, typer.Option(help="The weights to train: full, lora, ...")] = "lora",
     model: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
     data: Annotated[str | None, typer.Option(help="Training rows.", show_default="built-in rows")] = None,

@@ -7,7 +7,7 @@ loss and the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -15,12 +15,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from tunesmith import objectives
-from tunesmith.data.encode import prompt_examples
 from tunesmith.data.rows import Prompt
-from tunesmith.metrics.intervals import RowValues
-from tunesmith.metrics.token_mean import token_mean
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Session, Source, Step, Traits
-from tunesmith.rollout.rewards import Rewards
+from tunesmith.objectives import Batch, JsonObject, Metrics, Session, Source, Traits
+from tunesmith.rollout.answer_objective import AnswerObjective
 from tunesmith.rollout.rollout_config import RolloutKeys
 
 if TYPE_CHECKING:
@@ -97,8 +94,9 @@ AGGREGATIONS: dict[str, Callable[[Config, Sequence[int]], tuple[list[float], int
 """(configuration, tokens of each answer) -> (weight of each answer's tokens, loss units of the answers)."""
 
 
-class Objective(objectives.Objective):
+class Objective(AnswerObjective, objectives.Objective):
     config: Config
+    kl_key = "objective.beta"
     traits = Traits(
         rows=(Prompt,),
         best=("eval_reward", "max"),
@@ -116,19 +114,7 @@ class Objective(objectives.Objective):
 
     def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         super().bind(config, tokenizer, self.config.prompt_room(max_length))
-        self.rewards = Rewards(self.config.rewards, tokenizer)
-        self.notes += self.rewards.notes
-
-    def encode(self, rows: Sequence[Prompt], tokenizer: Tokenizer) -> list[list[Example]]:
-        self.rewards.check_rows(rows)
-        return prompt_examples.encode(
-            rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong
-        )
-
-    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        from tunesmith.rollout import answer_batch
-
-        return answer_batch.with_answers(examples, layout)
+        self.make_rewards(tokenizer)
 
     def _weights(self, batch: Batch) -> tuple[list[float], int]:
         return AGGREGATIONS[self.config.loss_aggregation](self.config, batch["lengths"])
@@ -202,36 +188,3 @@ class Objective(objectives.Objective):
         ):
             answer.tokens["advantages"] = np.full(len(answer.ids), value, np.float32)
         return figures
-
-    def stops_iteration(self, step: Step) -> bool:
-        return False
-
-    def state(self) -> JsonObject:
-        return {}
-
-    def load(self, state: Mapping[str, object]) -> None:
-        """Nothing is kept between two iterations."""
-
-    # -------------------------------------------------------------------------------------- evaluation
-
-    def sample_records(self, session: Session, step: Step) -> list[JsonObject]:
-        from tunesmith.rollout import held_out
-
-        return held_out.records(session, self.config, self.rewards, step)
-
-    def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """Return (-log p, tokens) of each answer of a batch that lies in memory."""
-        from tunesmith.models.heads.lm_head import row_losses
-
-        return {"rows": row_losses(model, batch)}
-
-    def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """Return the figures of sampled answers, or the mean loss of answers that were not scored."""
-        from tunesmith.rollout import held_out
-
-        return token_mean(records) if "rows" in records[0] else held_out.summarise(records)
-
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
-        from tunesmith.rollout import held_out
-
-        return held_out.row_figures(records)

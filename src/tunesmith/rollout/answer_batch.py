@@ -42,7 +42,7 @@ def with_answers(examples: Sequence[Example], layout: Layout) -> Batch:
 
 def measure(model: PreTrainedModel, batch: Batch, temperature: float) -> list[dict[str, np.ndarray]]:
     """Return ``old_logps`` and ``entropies`` (tokens,) of each answer, at ``temperature``."""
-    logps, entropies = with_entropies(model, batch, temperature)
+    logps, entropies, _ = with_entropies(model, batch, temperature)
     return arrays(batch, old_logps=logps, entropies=entropies)
 
 

@@ -22,7 +22,7 @@ from tunesmith.errors import RecipeError, StaleRolloutError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.heads.log_probs import log_probs
-from tunesmith.rollout import answer_batch, sampled_answers
+from tunesmith.rollout import answer_batch, rollout_warnings, sampled_answers
 from tunesmith.rollout.reward_config import Completion
 from tunesmith.rollout.rewards import Rewards
 from tunesmith.rollout.rollout_config import RolloutKeys
@@ -37,7 +37,9 @@ MINI_BATCHES = 4
 """Purpose of the random stream that orders the answers of an iteration (see ``data.store.epoch_order``)."""
 
 
-KEPT = ("iteration", "next_prompt", "replaced", "is_complete", "is_stopped", "seconds")
+KEPT = (
+    "iteration", "next_prompt", "replaced", "is_complete", "is_stopped", "seconds", "history", "warned",
+)  # fmt: skip
 """Attributes of :class:`Rollouts` that a checkpoint keeps as JSON."""
 
 
@@ -45,6 +47,8 @@ class Learner(Protocol):
     """The part of an objective that a rollout uses."""
 
     rewards: Rewards
+    kl_key: str
+    """The recipe's key that keeps the policy near its reference, for warnings."""
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch: ...
 
@@ -104,6 +108,10 @@ class Rollouts:
         self.is_stopped = False
         """The other passes of the iteration are skipped."""
         self.seconds = {"rollout": 0.0, "scoring": 0.0, "logps": 0.0}
+        self.history: list[dict[str, float]] = []
+        """Figures of all iterations, for ``rollout_warnings``."""
+        self.warned: list[str] = []
+        """Warnings that were given."""
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -173,7 +181,10 @@ class Rollouts:
         entropy = self._measure()
         figures = self.learner.finish(self.answers)
         self.is_complete = True
-        self.run.log(self._record(number, entropy, figures))
+        record = self._record(number, entropy, figures)
+        self.run.log(record)
+        for line in self._new_warnings(record):
+            self.run.log({"kind": "warning", "step": number, "warning": line})
         self.run.doing("")
 
     def _sample(self, prompts: int) -> None:
@@ -267,6 +278,16 @@ class Rollouts:
             **{f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()},
             "rollout_tokens_per_second": float(lengths.sum()) / max(self.seconds["rollout"], 1e-9),
         }
+
+    def _new_warnings(self, record: JsonObject) -> list[str]:
+        """Return the warnings that hold after the iteration of ``record``, and held after none before."""
+        error = record["reward_std"] / np.sqrt(len(self.answers))
+        names = [name for name in rollout_warnings.FIGURES if name in record]
+        self.history.append({name: record[name] for name in names} | {"reward_stderr": float(error)})
+        found = rollout_warnings.find(self.history, self.learner.kl_key)
+        new = [line for name, line in found.items() if name not in self.warned]
+        self.warned = sorted({*self.warned, *found})
+        return new
 
     def _doing(self, activity: str) -> None:
         iterations = -(-self.plan.steps // self.per_iteration)

@@ -317,6 +317,8 @@ def _log(run: Run, record: JsonObject) -> None:
                 run.progress.note(warning)
         elif record["kind"] == "rollout":
             run.progress.rollout(record)
+        elif record["kind"] == "warning":
+            run.progress.note(f"step {record['step']}: warning: {record['warning']}")
         elif record["kind"] == "memory":
             run.progress.note(
                 f"step {record['step']} ran out of memory: micro-batches now have at most "

@@ -201,27 +201,20 @@ def row_losses(model: PreTrainedModel, batch: Batch) -> list[tuple[float, int]]:
 
 def plain_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the loss of each target, (targets,), from the model's own logits."""
-    return plain_losses_and_hidden(model, batch)[0]
+    logits, labels, _ = plain_logits(model, batch)
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
-def plain_losses_and_hidden(
-    model: PreTrainedModel, batch: Batch, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of each target, (targets,), and the body's hidden states there, (targets, width).
-
-    The logits are the model's own, divided by ``temperature``.
-    """
+def plain_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the model's own logits at the targets, the targets, and the body's hidden states there."""
     kept: list[Tensor] = []
-    hook = base(model).base_model.register_forward_hook(
-        lambda body, given, out: kept.append(out.last_hidden_state)
-    )
+    body = base(model).base_model
+    hook = body.register_forward_hook(lambda layer, given, out: kept.append(out.last_hidden_state))
     try:
         logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
     finally:
         hook.remove()
-    exact = logits.to(exact_dtype(logits)) / temperature
-    losses = nn.functional.cross_entropy(exact, batch["labels"], reduction="none")
-    return losses, kept[0].flatten(0, 1)[batch["positions"]]
+    return logits.to(exact_dtype(logits)), batch["labels"], kept[0].flatten(0, 1)[batch["positions"]]
 
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:

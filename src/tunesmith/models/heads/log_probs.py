@@ -8,10 +8,12 @@ the logits of each block again.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tunesmith.models.fast.autograd_context import Context, Gradients
 from tunesmith.models.heads import lm_head
@@ -26,41 +28,79 @@ def log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) ->
 
     ``temperature``: p is the softmax of the logits divided by it, from which an answer was sampled.
     """
-    return with_hidden(model, batch, temperature)[0]
+    return at_targets(model, batch, temperature).logps
 
 
-def with_hidden(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return :func:`log_probs` and the hidden states that predict the targets, (targets, width).
+@dataclass(frozen=True)
+class AtTargets:
+    """The result of one pass through the body: log p(label) of each target and, where asked for, the entropy of
+    the distribution there, (targets,) each; the hidden states that predict the targets, (targets, width)."""
 
-    Both come from one pass through the body.
-    """
+    logps: Tensor
+    hidden: Tensor
+    entropies: Tensor | None = None
+
+
+def at_targets(
+    model: PreTrainedModel, batch: Batch, temperature: float = 1.0, entropies: bool = False
+) -> AtTargets:
+    """Return :func:`log_probs`, hidden states and ``entropies``, all differentiable."""
     given = lm_head.blocked(model, batch)
     if given is None:
-        losses, hidden = lm_head.plain_losses_and_hidden(model, batch, temperature)
-        return -losses, hidden
-    return BlockedLogProbs.apply(*_tempered(given, temperature)), given[0]
+        logits, labels, hidden = lm_head.plain_logits(model, batch)
+        logits = logits / temperature
+        logps = -nn.functional.cross_entropy(logits, labels, reduction="none")
+        return AtTargets(logps, hidden, _entropies_of(logits) if entropies else None)
+    scaled = _tempered(given, temperature)
+    logps = BlockedLogProbs.apply(*scaled)
+    return AtTargets(logps, given[0], _blocked_entropies(*scaled) if entropies else None)
+
+
+def _entropies_of(logits: Tensor) -> Tensor:
+    """(n, vocabulary) -> (n,): -sum p log p."""
+    exact = logits.to(lm_head.exact_dtype(logits)).log_softmax(dim=-1)
+    return -(exact.exp() * exact).nan_to_num(0.0).sum(dim=-1)  # 0 log 0 = 0
+
+
+def _blocked_entropies(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rows: Tensor | None,
+    new: Tensor | None,
+) -> Tensor:
+    """The entropy of each target, (targets,). Backward computes the logits of a block again."""
+    used = lm_head.with_new(weight, rows, new)
+
+    def of_block(states: Tensor) -> Tensor:
+        return _entropies_of(nn.functional.linear(states, used, bias))
+
+    blocks = [checkpoint(of_block, states, use_reentrant=False) for states in hidden.split(lm_head.BLOCK)]
+    return torch.cat(blocks)
 
 
 @torch.no_grad()
-def with_entropies(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return :func:`log_probs` and the entropy of the distribution at each target, (targets,) each."""
+def with_entropies(
+    model: PreTrainedModel, batch: Batch, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return :func:`log_probs`, the entropy of the distribution at each target, (targets,), and the hidden
+    states of :func:`at_targets`."""
     given = lm_head.blocked(model, batch)
     if given is None:
-        logits = model(**lm_head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
-        exact = logits.to(lm_head.exact_dtype(logits)) / temperature
-        losses = nn.functional.cross_entropy(exact, batch["labels"], reduction="none")
-        probabilities = exact.softmax(dim=-1)
-        return -losses, -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
-    hidden, weight, bias, labels, rows, new = _tempered(given, temperature)
-    losses = torch.zeros(len(hidden), dtype=lm_head.exact_dtype(hidden), device=hidden.device)
+        logits, labels, hidden = lm_head.plain_logits(model, batch)
+        logps = -nn.functional.cross_entropy(logits / temperature, labels, reduction="none")
+        return logps, _entropies_of(logits / temperature), hidden
+    states, weight, bias, labels, rows, new = _tempered(given, temperature)
+    losses = torch.zeros(len(states), dtype=lm_head.exact_dtype(states), device=states.device)
     entropies = torch.zeros_like(losses)
     used = lm_head.with_new(weight, rows, new)
-    for here, gradient in lm_head.gradient_blocks(hidden, used, bias, labels, losses):
+    for here, gradient in lm_head.gradient_blocks(states, used, bias, labels, losses):
         # the gradient by the logits is the probabilities, less 1 at the label
         at_label = torch.exp(-losses[here])[:, None]
         probabilities = gradient.scatter_(1, labels[here, None], at_label.to(gradient.dtype))
         entropies[here] = -torch.special.xlogy(probabilities, probabilities).sum(-1, dtype=losses.dtype)
-    return -losses, entropies
+    return -losses, entropies, given[0]
 
 
 def _tempered(given: lm_head.BlockedArguments, temperature: float) -> lm_head.BlockedArguments:
