@@ -154,7 +154,7 @@ def test_entropy_is_that_of_the_whole_distribution(temperature, plain):
     model = tiny_model("llama")
     lm_head.use_plain_head(model, plain)
     batch = grpo.Objective(config()).collate(frozen_batch(), PADDED)
-    logps, entropies = log_probs.with_entropies(model, batch, temperature)
+    logps, entropies, _ = log_probs.with_entropies(model, batch, temperature)
     with torch.no_grad():
         logits = model(**lm_head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]] / temperature
         everything = torch.distributions.Categorical(logits=logits)

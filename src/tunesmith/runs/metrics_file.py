@@ -20,7 +20,6 @@ from tunesmith.json_types import JsonObject
 TIMING_KEYS = frozenset((
     "time", "seconds", "eta_seconds", "tokens_per_second", "rows_per_second", "memory_bytes", "peak_memory_bytes",
     "rollout_seconds", "scoring_seconds", "logps_seconds", "update_seconds", "rollout_tokens_per_second",
-    "sampler_mismatch",  # rounding of the sampler, which depends on the answers that ran together
 ))  # fmt: skip
 """Keys of a record that may differ between two runs of the same recipe. All others repeat exactly."""
 
