@@ -12,7 +12,7 @@ import torch
 
 from tunesmith import machine
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.models.load import dequantized_linear
+from tunesmith.models.load import dequantized_linear, huge_pages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,10 +85,12 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def cast_and_move(model: PreTrainedModel, wanted: str, device: torch.device | None = None) -> ComputeDtype:
     """Make a loaded model ready to compute without gradients: choose its dtype, cast it, move it to ``device``.
 
-    ``device``: None = the CUDA device if there is one, else the CPU.
+    ``device``: None = the CUDA device if there is one, else the CPU, where the weights move to huge pages.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose(wanted, device)
     cast(model, chosen.dtype)
     model.to(device).eval().requires_grad_(False)
+    if device.type == "cpu":
+        huge_pages.move_weights(model)
     return chosen
