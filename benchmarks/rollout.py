@@ -4,7 +4,8 @@
     python benchmarks/rollout.py --rows 1 8 64 --out rollout.json
 
 SmolLM2-135M continues prompts of ``$TUNESMITH_SHARED/data/alpaca_en_demo.json`` greedily, 48 tokens each, none stopping sooner.
-transformers pads on the left and runs with its dynamic and with its static cache (not compiled); the better one counts. A run of
+transformers loads the model itself, as its users do, pads on the left and runs with its dynamic and with its static cache (not compiled); the better
+one counts. A run of
 one new token is prefill; decoding is a run of 49 tokens less that. Each figure is the best of ``--repeats``. Cases: rows at once;
 ``samples``: 8 answers to one prompt of 400 tokens, in one engine with a shared prefill and as 8 prompts of their own;
 ``queue``: 256 prompts with 8 to 400 new tokens in 32 slots, next to transformers' batches of 32 in the order of length.
@@ -25,12 +26,15 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import tunesmith
 from tunesmith import machine
+from tunesmith.models.find.locate import locate
 from tunesmith.models.generate.engine import Engine
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.generate.sampling import SamplingParams
+from tunesmith.models.load.compute_dtype import cast_and_move
 
 SHARED = Path(os.environ.get("TUNESMITH_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 TOKENS = 48
@@ -41,7 +45,8 @@ class Pair:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.model, self.tokenizer = tunesmith.load("smollm2-135m", dtype=dtype)
-        self.model.eval()
+        cast_and_move(self.model, "fp32" if dtype is torch.float32 else "bf16", torch.device("cpu"))
+        self.stock = AutoModelForCausalLM.from_pretrained(locate("smollm2-135m").network, dtype=dtype).eval()
 
     def prompts(self, count: int) -> list[list[int]]:
         rows = json.loads((SHARED / "data" / "alpaca_en_demo.json").read_text(encoding="utf-8"))[:count]
@@ -67,7 +72,7 @@ class Pair:
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
         static = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
         began = time.perf_counter()
-        self.model.generate(
+        self.stock.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=tokens,

@@ -13,7 +13,15 @@ from torch import Tensor
 from transformers.generation import logits_process as theirs
 
 from tunesmith.errors import UserError
-from tunesmith.models.generate.sampling import SamplingParams, draw, filtered, next_tokens, process, uniform_numbers
+from tunesmith.models.generate.sampling import (
+    SamplingParams,
+    draw,
+    filtered,
+    largest_and_logsumexp,
+    next_tokens,
+    process,
+    uniform_numbers,
+)
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
 VOCABULARY = 12
@@ -143,3 +151,12 @@ def test_numbers_depend_on_seed_prompt_and_sample_alone() -> None:
 def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 1000), (9, 49152)])
+def test_the_largest_and_the_normaliser_in_one_pass_are_those_of_torch(shape: tuple[int, int]) -> None:
+    logits = 20 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    logits[0] = logits[0, 0]  # several are the largest
+    largest, logsumexp = largest_and_logsumexp(logits)
+    assert largest.tolist() == [0, *logits[1:].argmax(dim=-1).tolist()]
+    assert torch.allclose(logsumexp, logits.logsumexp(dim=-1), atol=1e-5)

@@ -39,9 +39,31 @@ static inline void own_part(const Step *s, i64 count, i64 *first, i64 *end) {
 #define BARRIER PRAGMA(omp barrier)
 #else
 
+/* out (group, dim) = p (group, seen) v (seen, dim). */
+INLINE void F(mix)(const float *p, const T *v, float *out, i64 seen, i64 dim, int group) {
+    i64 d = 0;
+    for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+        V sums[FEW][2] = {{{0}}};
+        EACH(j, seen) {
+            V low = F(read)(v + j * dim + d), high = F(read)(v + j * dim + d + LANES);
+            UNROLL for (int g = 0; g < group; g++) {
+                sums[g][0] += p[g * seen + j] * low;
+                sums[g][1] += p[g * seen + j] * high;
+            }
+        }
+        UNROLL for (int g = 0; g < group; g++) memcpy(out + g * dim + d, sums[g], sizeof(sums[g]));
+    }
+    for (; d < dim; d++) EACH(g, group) {
+        float sum = 0.0f;
+        EACH(j, seen) sum += p[g * seen + j] * GET(v[j * dim + d]);
+        out[g * dim + d] = sum;
+    }
+}
+
 /* q (group, dim) against `seen` keys of one head -> out (group, value_dim), fp32. `part`: group * seen floats. */
 static void F(attend_head)(const A *q, const T *k, const T *v, float *out, float *part, i64 group, i64 seen, i64 dim,
                            i64 value_dim, float scale, float softcap) {
+    for (i64 i = 0; i < seen * value_dim; i += 64 / (i64)sizeof(T)) __builtin_prefetch(v + i, 0, 2);
     for (i64 g = 0; g < group; g += FEW)
         F(dots_along)(k, dim, seen, q + g * dim, group - g < FEW ? group - g : FEW, part + g * seen, 1, seen);
     EACH(g, group) {
@@ -53,10 +75,13 @@ static void F(attend_head)(const A *q, const T *k, const T *v, float *out, float
         float inverse = 1.0f / sum;
         SIMD EACH(j, seen) p[j] *= inverse;
     }
-    EACH(i, group * value_dim) out[i] = 0.0f;
-    EACH(j, seen) EACH(g, group) {
-        float p = part[g * seen + j];
-        SIMD EACH(d, value_dim) out[g * value_dim + d] += p * GET(v[j * value_dim + d]);
+    for (i64 g = 0; g < group; g += FEW) {
+        const float *p = part + g * seen;
+        float *to = out + g * value_dim;
+        if (group - g == 1) F(mix)(p, v, to, seen, value_dim, 1);
+        else if (group - g == 2) F(mix)(p, v, to, seen, value_dim, 2);
+        else if (group - g == 3) F(mix)(p, v, to, seen, value_dim, 3);
+        else F(mix)(p, v, to, seen, value_dim, FEW);
     }
 }
 
@@ -227,7 +252,7 @@ static void F(project_to_logits)(const Step *s, const T *head, float *logits) {
     for (i64 at = first; at < end; at += s->outputs) {
         i64 count = end - at < s->outputs ? end - at : s->outputs;
         F(dots)(head + at * hidden, hidden, count, s->normed, wide, s->chunk);
-        EACH(r, s->n->rows) EACH(i, count) logits[r * vocabulary + at + i] = s->chunk[i * wide + r];
+        swap_axes(s->chunk, wide, logits + at, vocabulary, count, s->n->rows);
     }
 }
 
@@ -244,8 +269,8 @@ i64 F(decode_step)(const float *x, const Layer *layers, const Sizes *n, const T 
     if (!space) return 1;
     float *residual = space, *qkv = residual + hidden * wide, *mixed = qkv + width * wide, *product = mixed + n->heads * n->dim * wide;
     float *low = product + n->inner * wide, *kept = keep ? low + 3 * n->rank * wide : 0;
-    if (keep) EACH(r, n->rows) EACH(k, n->rank) kept[k * wide + r] = keep[r * n->rank + k];
-    EACH(r, n->rows) EACH(f, hidden) residual[f * wide + r] = x[r * hidden + f];
+    if (keep) swap_axes(keep, n->rank, kept, wide, n->rows, n->rank);
+    swap_axes(x, hidden, residual, wide, n->rows, hidden);
     PRAGMA(omp parallel num_threads(threads))
     {
         float *mine = space + round_up_16(shared) + omp_get_thread_num() * own, *chunk = mine + hidden * wide;

@@ -51,6 +51,43 @@ INLINE float sum_lanes(V x) {
     return sum;
 #endif
 }
+/* y (columns, rows) = x (rows, columns) transposed, with `x_wide` and `y_wide` floats from one row to the next. */
+typedef float V4 __attribute__((vector_size(16)));
+typedef int32_t M4 __attribute__((vector_size(16)));
+static void swap_axes(const float *x, i64 x_wide, float *y, i64 y_wide, i64 rows, i64 columns) {
+    i64 i = 0;
+    for (; i + 4 <= rows; i += 4) {
+        i64 j = 0;
+        for (; j + 4 <= columns; j += 4) {
+            V4 a[4], b[4], c[4];
+            UNROLL for (int n = 0; n < 4; n++) memcpy(&a[n], x + (i + n) * x_wide + j, 16);
+            UNROLL for (int n = 0; n < 2; n++) {
+                b[n] = __builtin_shuffle(a[2 * n], a[2 * n + 1], (M4){0, 4, 1, 5});
+                b[2 + n] = __builtin_shuffle(a[2 * n], a[2 * n + 1], (M4){2, 6, 3, 7});
+            }
+            UNROLL for (int n = 0; n < 2; n++) {
+                c[2 * n] = __builtin_shuffle(b[2 * n], b[2 * n + 1], (M4){0, 1, 4, 5});
+                c[2 * n + 1] = __builtin_shuffle(b[2 * n], b[2 * n + 1], (M4){2, 3, 6, 7});
+            }
+            UNROLL for (int n = 0; n < 4; n++) memcpy(y + (j + n) * y_wide + i, &c[n], 16);
+        }
+        for (; j < columns; j++) EACH(n, 4) y[j * y_wide + i + n] = x[(i + n) * x_wide + j];
+    }
+    for (; i < rows; i++) EACH(j, columns) y[j * y_wide + i] = x[i * x_wide + j];
+}
+/* The largest of each row of logits (rows, vocabulary), the first of several, and log(sum(exp(row))). */
+void largest_and_logsumexp(const float *logits, i64 *largest, float *logsumexp, i64 rows, i64 vocabulary) {
+    PARALLEL EACH(r, rows) {
+        const float *row = logits + r * vocabulary;
+        float top = -INFINITY, sum = 0.0f;
+        i64 at = 0;
+        SIMD_MAX(top) EACH(j, vocabulary) top = row[j] > top ? row[j] : top;
+        SIMD_SUM(sum) EACH(j, vocabulary) sum += fast_exp(row[j] - top);
+        while (at + 1 < vocabulary && row[at] != top) at++;
+        largest[r] = at;
+        logsumexp[r] = top + logf(sum);
+    }
+}
 /* Rows with their padding: how many numbers lie side by side. */
 static inline i64 padded_rows(i64 rows) {
     return rows <= FEW ? rows : rows <= 8 || LANES == 8 ? (rows + 7) / 8 * 8 : (rows + 15) / 16 * 16;
@@ -96,7 +133,6 @@ static void F(store_inputs)(const float *from, i64 first, i64 count, A *to, i64 
 #endif
 }
 
-#if !JOIN(PAIRS, SUFFIX)
 INLINE V F(read)(const T *w) {
 #if JOIN(HALF, SUFFIX)
     VS halves;
@@ -108,7 +144,6 @@ INLINE V F(read)(const T *w) {
     return lanes;
 #endif
 }
-#endif
 
 /* out[i * w_stride + r * x_stride] = w row i . x row r, for `tall` rows of w, `gap` apart, and `rows` of x. */
 INLINE void F(along)(const T *w, i64 gap, i64 in, const A *x, float *out, i64 w_stride, i64 x_stride, int tall, int rows) {

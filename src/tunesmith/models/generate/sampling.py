@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import SettingError
+from tunesmith.models.fast import kernels
 
 NUCLEUS = 256
 """Likeliest tokens that are sorted first for top_p; the whole vocabulary is sorted only if they do not suffice."""
@@ -126,19 +127,29 @@ def draw(
     """
     scores = process(logits, params, prompts, answers, stop)
     if params.temperature == 0:
-        tokens = scores.argmax(dim=-1)
-        return Drawn(tokens, _logprob(logits, tokens), torch.zeros(len(logits), device=logits.device))
+        largest, normaliser = largest_and_logsumexp(logits)
+        tokens = largest if scores is logits else scores.argmax(dim=-1)
+        return Drawn(tokens, _at(logits, tokens) - normaliser, torch.zeros(len(logits), device=logits.device))
     assert uniform is not None
     probabilities = filtered(scores, params)
     cumulative = probabilities.cumsum(dim=-1)
     tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
     tokens = tokens.clamp(max=logits.shape[-1] - 1)
     picked = probabilities.gather(1, tokens[:, None])[:, 0] / cumulative[:, -1]
-    return Drawn(tokens, _logprob(logits, tokens), picked.log().float())
+    return Drawn(tokens, _at(logits, tokens) - largest_and_logsumexp(logits)[1], picked.log().float())
 
 
-def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+def _at(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.gather(1, tokens[:, None])[:, 0]
+
+
+def largest_and_logsumexp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first of the largest of each row, and log(sum(exp(row))), of fp32 (rows, vocabulary)."""
+    if not (kernels.available(logits) and logits.is_contiguous() and logits.dtype is torch.float32):
+        return logits.argmax(dim=-1), logits.logsumexp(dim=-1)
+    largest, logsumexp = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    kernels.call("largest_and_logsumexp", None, logits, largest, logsumexp, *logits.shape)
+    return largest, logsumexp
 
 
 def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
