@@ -78,6 +78,16 @@ def test_the_models_answer_prompts_that_no_stage_was_trained_on(straight):
     assert any(isinstance(score, float) for score in scores)
 
 
+def test_a_prompt_that_another_stage_was_trained_on_is_left_out(straight):
+    """With another seed the other stages hold out other rows."""
+    file, out, _, _ = straight
+    pipeline = stages.read(file, out, "sft.seed=5", "reward.seed=6")
+    ended = list(pipeline.stages)
+    asked = run_stages.answer_comparison._held_out_prompts(ended, [ended[0], ended[2]], 24)
+    alone = run_stages.answer_comparison._held_out_prompts(ended[2:], ended[2:], 24)
+    assert {one.shown() for one in asked} < {one.shown() for one in alone}
+
+
 def stages_rows(facts, name):
     """The prompts that a stage was trained on, found without the code under test: all rows but those its run held out."""
     from tunesmith import recipe as recipes
@@ -207,11 +217,13 @@ def test_a_killed_pipeline_goes_on_in_the_stage_where_it_was(straight, killed):
     assert code == -signal.SIGKILL and (out / "reward" / "checkpoints" / "step-1").is_dir()
     assert not (out / "dpo").exists()
     sft = {path: path.stat().st_mtime_ns for path in (out / "sft").rglob("*")}
+    checkpoint = (out / "reward" / "checkpoints" / "step-1").stat().st_mtime_ns
     lines = []
     facts = run_stages.run_pipeline(stages.read(file, out), note=lines.append)
     assert [one["action"] for one in facts["stages"]] == ["unchanged", "resume", "train"]
     assert any("reward, reward on the result of sft: resume (interrupted after the checkpoint of step 1)" in one for one in lines)
     assert sft == {path: path.stat().st_mtime_ns for path in (out / "sft").rglob("*")}
+    assert checkpoint == (out / "reward" / "checkpoints" / "step-1").stat().st_mtime_ns, "step 1 was taken again"
     for name in ALL:
         assert apart(weights(straight[1] / name / "model"), weights(out / name / "model")) == 0
         assert history(straight[1] / name) == history(out / name)
