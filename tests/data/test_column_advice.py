@@ -10,7 +10,7 @@ from tunesmith.data.encode.labels import unknown_label
 from tunesmith.data.formats.column_advice import ADVICE
 from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import RowProblem
-from tunesmith.data.rows import ROW_TYPES, Chat, Judged, Prompt, PromptCompletion, Ranking, Text
+from tunesmith.data.rows import ROW_TYPES, Chat, Judged, PromptCompletion, Ranking, Text
 from tunesmith.errors import DataError
 
 WRITTEN = (Chat, PromptCompletion, Text)
@@ -36,7 +36,7 @@ def refused(tmp_path, rows, accepted=WRITTEN, **keys):
 
 
 def test_every_row_type_names_the_objectives_that_learn_from_it():
-    for row in set(ROW_TYPES) - {Prompt}:  # no objective samples yet
+    for row in ROW_TYPES:
         for name in ADVICE[row].removeprefix("objective: ").split(" or "):
             assert row in objectives.module(name).Objective.traits.rows
 
