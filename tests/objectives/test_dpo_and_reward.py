@@ -589,7 +589,7 @@ def test_a_reference_that_does_not_fit_is_taken_in_halves(tmp_path, monkeypatch)
         name = "eval_loss" if ours["kind"] == "eval" else "loss"
         assert ours[name] == pytest.approx(theirs[name], abs=1e-6)
     most = 10
-    with pytest.raises(OutOfMemoryError, match=r"the reference of .*rows\.jsonl:\d+: this row alone \(\d+ tokens\)"):
+    with pytest.raises(OutOfMemoryError, match=r"log-probabilities of .*rows\.jsonl:\d+: this row alone \(\d+ tokens\)"):
         tunesmith.train(made, out=tmp_path / "none")
 
 

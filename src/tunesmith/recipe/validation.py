@@ -245,6 +245,14 @@ def _explain(
 def _explain_type(key: str, error: ErrorDetails, kinds: Sequence[str]) -> str:
     """Return the message for an item of a list whose ``type`` is missing, or none of ``kinds``."""
     if error["type"] == "union_tag_not_found":
+        item = error["input"]
+        slip = (
+            next((str(one) for one in item if closest(str(one), ["type"])), None)
+            if isinstance(item, dict)
+            else None
+        )
+        if slip is not None:
+            return f"unknown key `{key}.{slip}`. Did you mean `type`?"
         return f"the key `{key}.type` is missing. Valid: {', '.join(kinds)}"
     name = str(error["ctx"]["tag"])
     return f"`{key}.type`: unknown type {name!r}. {did_you_mean(name, kinds)}"
@@ -277,7 +285,8 @@ def _explain_unknown(
     For a key of another program it suggests the translation; for a key of another ``type``, that type."""
     path = error["loc"]
     name, valid = str(path[-1]), _names_of(_models_at(model, path[:-1])[0])
-    if pointer := foreign_keys.find(name, error["input"], text.given):
+    pointer = foreign_keys.find(name, error["input"], text.given)
+    if pointer and name.removesuffix("s") not in valid:  # `betas` next to `beta` is a slip
         return f"unknown key `{key}`. {_explain_foreign(pointer, (*prefix, *path), text)}"
     if prefix and len(path) == 1:
         part, valid = prefix[0], [*valid, "type"]

@@ -206,10 +206,13 @@ def plain_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def plain_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the model's own logits at the targets, the targets, and the body's hidden states there."""
+    """Return the model's own logits at the targets, the targets, and the hidden states that enter its head there."""
     kept: list[Tensor] = []
-    body = base(model).base_model
-    hook = body.register_forward_hook(lambda layer, given, out: kept.append(out.last_hidden_state))
+    hook = (
+        base(model)
+        .get_output_embeddings()
+        .register_forward_pre_hook(lambda layer, given: kept.append(given[0]))
+    )
     try:
         logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
     finally:
