@@ -62,6 +62,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "grpo-lora": ("llama", {"type": "grpo", "num_generations": 5, "update_epochs": 2, "max_new_tokens": 6, "beta": 0.1,
                             "rewards": [{"type": "length", "target": 9, "unit": "characters"}]},
                   {"type": "lora", "r": 4}, {"micro_batch_tokens": 150}),
+    "ppo-lora": ("llama", {"type": "ppo", "update_epochs": 2, "max_new_tokens": 6,
+                           "rewards": [{"type": "length", "target": 9, "unit": "characters"}]},
+                 {"type": "lora", "r": 4}, {"micro_batch_tokens": 150}),
     "reward-full": ("qwen3", {"type": "reward"}, {"type": "full"}, {"precision": "auto", "micro_batch_tokens": 250}),
     "classify-full": ("bert", {"type": "classify"}, {"type": "full"}, {"micro_batch_tokens": 100, "head_learning_rate": 2e-3}),
     "classify-bottleneck": ("llama", {"type": "classify"}, {"type": "bottleneck", "bottleneck_size": 4, "dropout": 0.2},
@@ -158,7 +161,7 @@ def recipe_of(name: str, folder: Path) -> dict[str, Any]:
         "batch_size": 5, "max_steps": STEPS, "learning_rate": 5e-3, "precision": "fp32", "logging_steps": 1, "eval_steps": 2,
         "save_steps": 4, **{key: value for key, value in train.items() if key != "kill"},
     }  # fmt: skip
-    writes = objective["type"] in ("sft", "cpt", "dpo", "kto", "grpo")
+    writes = objective["type"] in ("sft", "cpt", "dpo", "kto", "grpo", "ppo")
     return {
         "model": str(model), "objective": objective, "adaptation": adaptation, "train": settings, "seed": 7,
         "data": {"train": [{"path": str(rows)}], "eval": {"path": str(rows), "limit": 6}, "cache": False},
@@ -246,7 +249,7 @@ def facts_of(run: Path, result: dict[str, Any], recipe: dict[str, Any]) -> dict[
     rows, precision = recipe["data"]["train"][0]["path"], recipe["train"]["precision"]
     model, objective = result["model_dir"], recipe["objective"]["type"]
     evaluated, predicted, merged = {}, [], {}
-    if objective not in ("dpo", "kto", "grpo"):  # evaluate refuses it: its reference is gone, or its rewards
+    if objective not in ("dpo", "kto", "grpo", "ppo"):  # evaluate refuses it: its reference is gone, or its rewards
         evaluated = tunesmith.evaluate(model, rows, objective=objective, precision=precision)
     if "samples" not in recipe:
         predicted = list(tunesmith.predict(model, rows, precision=precision))

@@ -17,7 +17,8 @@ from tests.numeric.test_invariance import OTHERS
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tunesmith.data.store import hold_out
 from tunesmith.errors import Interrupted, RecipeError
-from tunesmith.train import loop, precision, update_ratio
+from tunesmith.models.load import compute_dtype
+from tunesmith.train import loop, update_ratio
 
 ADAPTATIONS = {
     "full": "full",
@@ -185,7 +186,7 @@ def test_another_number_format_is_said_and_fp16_keeps_its_scale(tmp_path, monkey
     """As on another machine: `auto` chose fp32 there, and chooses fp16 here."""
     made = recipe(tmp_path, save_steps=1, max_steps=4, precision="auto")
     kind = [torch.float32]
-    monkeypatch.setattr(precision, "_compute", lambda wanted, device: precision.Precision(kind[0], "this machine"))
+    monkeypatch.setattr(compute_dtype, "choose", lambda wanted, device: compute_dtype.ComputeDtype(kind[0], "this machine"))
     tunesmith.train(made, out=tmp_path / "run", on_save=lambda folder, step: step == 2)
     kind[0] = torch.float16
     tunesmith.train(made, out=tmp_path / "run", resume=True)

@@ -121,4 +121,6 @@ def test_no_room_for_a_file_of_answers(straight, tmp_path):
     rows.write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(3)))
     words = ["generate", str(straight[1]), "--data", str(rows), "--out", str(tmp_path / "answers.jsonl"), "--max-new-tokens", "3"]
     code, answer = in_fork(lambda: limited(20, lambda: main(words)))
-    assert (code, answer) == (0, 3) and sorted(path.name for path in Path(tmp_path).iterdir()) == ["rows.jsonl"]
+    assert (code, answer) == (0, 3), "the answers so far are kept"
+    assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["answers.jsonl.partial", "rows.jsonl"]
+    assert main(words) == 0 and len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3

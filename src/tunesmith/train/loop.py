@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -87,18 +88,10 @@ def fit(job: Job, position: Progression) -> str | None:
 
     Raises NonFiniteError before an update that is not finite, and Interrupted and RewardError after a save.
     """
-    try:
-        return _take_steps(job, position)
-    except RewardError:  # the answers that it was to score are part of the source's state
-        _save(job, position)
-        raise
-
-
-def _take_steps(job: Job, position: Progression) -> str | None:
     plan = job.source.plan
     saved = position.step
     job.sums.load(position.metrics, job.device)
-    with catch_signals() as received:
+    with catch_signals() as received, _saved_before_a_reward_error(job, position):
         steps = job.source.steps(position.step + 1)
         while True:
             started = time.perf_counter()  # before next(): the source may sample answers there
@@ -140,6 +133,16 @@ def _take_steps(job: Job, position: Progression) -> str | None:
         _save(job, position)
         return verdict
     return None
+
+
+@contextmanager
+def _saved_before_a_reward_error(job: Job, position: Progression) -> Iterator[None]:
+    """Save before a RewardError is raised: the answers to be scored are part of the source's state."""
+    try:
+        yield
+    except RewardError:
+        _save(job, position)
+        raise
 
 
 def _due(job: Job, before: int, now: int) -> list[bool]:
