@@ -10,7 +10,7 @@ import os
 import shlex
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,13 +177,11 @@ def _choose(part: str, value: object, text: recipe_text.Text) -> tuple[str, Json
     if isinstance(value, str):
         value = {"type": value}
     if not isinstance(value, dict):
-        raise RecipeError(
-            f"{text.at((part,))}: `{part}`: expected a name or a mapping with `type`, got {value!r}"
-        )
+        expected = "expected a name or a mapping with `type`"
+        raise RecipeError(f"{text.at((part,))}: `{part}`: {expected}, got {value!r}")
     keys = dict(value)
     if "type" not in keys:
-        slip = next((str(key) for key in keys if closest(str(key), ["type"])), None)
-        if slip is not None:
+        if slip := _mistyped_type(keys):
             raise RecipeError(f"{text.at((part, slip))}: unknown key `{part}.{slip}`. Did you mean `type`?")
         raise RecipeError(f"{text.at((part,))}: the key `{part}.type` is missing. Valid: {', '.join(names)}")
     name = keys.pop("type")
@@ -223,9 +221,7 @@ def _explain(
             kinds = [str(one.model_fields["type"].default) for one in _models_at(model, path)[0]]
             lines.append(f"{where}: {_explain_type(key, error, kinds)}")
         elif error["type"] == "missing":
-            if (
-                error["loc"][:-1] not in unknown_in
-            ):  # else the unknown key is probably the missing one, mistyped
+            if error["loc"][:-1] not in unknown_in:  # else the unknown key is probably this one, mistyped
                 lines.append(f"{where}: the key `{key}` is missing")
         elif error["type"] == "value_error":
             message = f"{where}: {key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}"
@@ -245,17 +241,16 @@ def _explain(
 def _explain_type(key: str, error: ErrorDetails, kinds: Sequence[str]) -> str:
     """Return the message for an item of a list whose ``type`` is missing, or none of ``kinds``."""
     if error["type"] == "union_tag_not_found":
-        item = error["input"]
-        slip = (
-            next((str(one) for one in item if closest(str(one), ["type"])), None)
-            if isinstance(item, dict)
-            else None
-        )
-        if slip is not None:
+        if slip := _mistyped_type(error["input"]):
             return f"unknown key `{key}.{slip}`. Did you mean `type`?"
         return f"the key `{key}.type` is missing. Valid: {', '.join(kinds)}"
     name = str(error["ctx"]["tag"])
     return f"`{key}.type`: unknown type {name!r}. {did_you_mean(name, kinds)}"
+
+
+def _mistyped_type(item: Mapping[object, object]) -> str | None:
+    """Return the key of ``item`` that looks like ``type``."""
+    return next((str(key) for key in item if closest(str(key), ["type"])), None)
 
 
 def _end_sentence(message: str, advice: str) -> str:
@@ -308,12 +303,8 @@ def _explain_foreign(pointer: foreign_keys.Pointer, path: Sequence[str | int], t
         part, {"objective": DEFAULT_OBJECTIVE, "adaptation": DEFAULT_ADAPTATION}.get(part)
     )
     chosen = chosen.get("type") if isinstance(chosen, dict) else chosen
-    if (
-        rest
-        and part in PARTS
-        and chosen in (configs := _configs(part))
-        and rest not in configs[chosen].model_fields
-    ):
+    known = _configs(part) if rest and part in PARTS else {}
+    if chosen in known and rest not in known[chosen].model_fields:
         note = f" with {_owners(part, rest)}{note}"
     return f"Here it is `{place if value is None else text.setting(path, place, value)}`{note}"
 
