@@ -159,8 +159,8 @@ class Objective(AnswerObjective, objectives.Objective):
 
         config, tokens = self.config, len(batch["labels"])
         found = at_targets(model, batch, config.temperature, config.entropy_coef > 0)
-        states = found.hidden.detach() if config.value_stop_gradient else found.hidden
-        values, logps = value_head.values_at(model, states), found.logps
+        values = value_head.values_at(model, found.hidden, config.value_stop_gradient)
+        logps = found.logps
         old, old_values, advantages, returns = self._sampled(batch, logps.detach(), values.detach())
         ratio = (logps - old).exp()
         policy = policy_loss.clipped_surrogate(ratio, advantages, config.clip_range)

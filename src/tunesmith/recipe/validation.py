@@ -303,7 +303,7 @@ def _explain_foreign(pointer: foreign_keys.Pointer, path: Sequence[str | int], t
         part, {"objective": DEFAULT_OBJECTIVE, "adaptation": DEFAULT_ADAPTATION}.get(part)
     )
     chosen = chosen.get("type") if isinstance(chosen, dict) else chosen
-    keys = _configs(part).get(chosen) if rest and part in PARTS else None
+    keys = _configs(part).get(str(chosen)) if rest and part in PARTS else None
     if keys is not None and rest not in keys.model_fields:
         note = f" with {_owners(part, rest)}{note}"
     return f"Here it is `{place if value is None else text.setting(path, place, value)}`{note}"

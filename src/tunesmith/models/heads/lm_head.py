@@ -205,19 +205,20 @@ def plain_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
-def plain_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the model's own logits at the targets, the targets, and the hidden states that enter its head there."""
+def plain_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the model's own logits at the targets, the targets, and the hidden states that enter its head there.
+
+    The hidden states are None if the model does not say which layer its head is."""
     kept: list[Tensor] = []
-    hook = (
-        base(model)
-        .get_output_embeddings()
-        .register_forward_pre_hook(lambda layer, given: kept.append(given[0]))
-    )
+    head = base(model).get_output_embeddings()
+    hook = head and head.register_forward_pre_hook(lambda layer, given: kept.append(given[0]))
     try:
         logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
     finally:
-        hook.remove()
-    return logits.to(exact_dtype(logits)), batch["labels"], kept[0].flatten(0, 1)[batch["positions"]]
+        if hook:
+            hook.remove()
+    hidden = kept[0].flatten(0, 1)[batch["positions"]] if kept else None
+    return logits.to(exact_dtype(logits)), batch["labels"], hidden
 
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:

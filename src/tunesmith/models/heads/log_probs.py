@@ -34,10 +34,11 @@ def log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) ->
 @dataclass(frozen=True)
 class AtTargets:
     """The result of one pass through the body: log p(label) of each target and, where asked for, the entropy of
-    the distribution there, (targets,) each; the hidden states that predict the targets, (targets, width)."""
+    the distribution there, (targets,) each; the hidden states that predict the targets, (targets, width),
+    None if the model's head is unknown."""
 
     logps: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
     entropies: Tensor | None = None
 
 

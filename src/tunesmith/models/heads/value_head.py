@@ -63,10 +63,19 @@ def find(model: PreTrainedModel) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) else None
 
 
-def values_at(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Return the value at each of the ``hidden`` states (n, width), (n,), computed in fp32 or wider."""
+def values_at(model: PreTrainedModel, hidden: Tensor | None, stop_gradient: bool = False) -> Tensor:
+    """Return the value at each of the ``hidden`` states (n, width), (n,), computed in fp32 or wider.
+
+    ``hidden``: as in ``log_probs.AtTargets``. ``stop_gradient``: the body learns nothing from the values. Raises
+    ModelError without hidden states."""
     head = find(model)
     assert head is not None, "the network has no value head"
+    if hidden is None:
+        raise ModelError(
+            f"{type(base(model)).__name__} does not say which layer is its output layer, so a value head has no input.\n"
+            "  Take another model, or objective: grpo, which has no value model."
+        )
+    hidden = hidden.detach() if stop_gradient else hidden
     exact = lm_head.exact_dtype(hidden)
     weight, bias = head.weight.to(exact), head.bias.to(exact)
     return nn.functional.linear(hidden.to(weight.device, exact), weight, bias).squeeze(-1)
