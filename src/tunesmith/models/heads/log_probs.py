@@ -84,7 +84,7 @@ def _blocked_entropies(
 @torch.no_grad()
 def with_entropies(
     model: PreTrainedModel, batch: Batch, temperature: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return :func:`log_probs`, the entropy of the distribution at each target, (targets,), and the hidden
     states of :func:`at_targets`."""
     given = lm_head.blocked(model, batch)
