@@ -28,7 +28,7 @@ from tunesmith.metrics.intervals import LEVEL
 LEAST_KAPPA = 0.4
 """Below it, agreement is called "fair" at best (Landis and Koch 1977)."""
 MOST_PREFERENCE = 0.2
-"""How far the shares of first and of longer answers that a judge prefers may be from one half."""
+"""Largest distance of the share of first, or of longer, answers that a judge prefers from the unbiased share."""
 LEAST_RETEST = 0.9
 MOST_MISSING = 0.1
 RETESTED = 16

@@ -123,6 +123,17 @@ def preference_traits(row: type, builtin: str, figures: tuple[str, ...]) -> Trai
     )  # fmt: skip
 
 
+def answer_traits(row: type, rate: float, value_head: bool = False) -> Traits:
+    """Return the traits of an objective that learns from rewarded answers of its policy to prompts of type ``row``.
+
+    ``rate`` and ``value_head``: as in ``Traits``."""
+    return Traits(
+        rows=(row,), best=("eval_reward", "max"), figures=("eval_reward",), fits_rows=True, deterministic=True,
+        samples=True, value_head=value_head, rate=rate,
+        starter_keys={"rewards": [{"type": "length", "max": 30, "unit": "words"}, {"type": "final_stop"}]},
+    )  # fmt: skip
+
+
 class Objective:
     """The contract. Every objective writes ``encode``, ``collate``, ``loss``, ``evaluate`` and ``summarise``;
     the other methods have a default. A method that raises NotImplementedError must be written by a

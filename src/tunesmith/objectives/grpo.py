@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from tunesmith import objectives
 from tunesmith.data.rows import Prompt
-from tunesmith.objectives import Batch, JsonObject, Metrics, Session, Source, Traits
+from tunesmith.objectives import Batch, JsonObject, Metrics, Session, Source
 from tunesmith.rollout.answer_objective import AnswerObjective
 from tunesmith.rollout.rollout_config import RolloutKeys
 
@@ -97,16 +97,7 @@ AGGREGATIONS: dict[str, Callable[[Config, Sequence[int]], tuple[list[float], int
 class Objective(AnswerObjective, objectives.Objective):
     config: Config
     kl_key = "objective.beta"
-    traits = Traits(
-        rows=(Prompt,),
-        best=("eval_reward", "max"),
-        figures=("eval_reward",),
-        fits_rows=True,
-        deterministic=True,
-        samples=True,
-        rate=0.05,
-        starter_keys={"rewards": [{"type": "length", "max": 30, "unit": "words"}, {"type": "final_stop"}]},
-    )
+    traits = objectives.answer_traits(Prompt, rate=0.05)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from tunesmith import objectives
 from tunesmith.data.rows import Prompt
-from tunesmith.objectives import Batch, JsonObject, Metrics, Session, Source, Step, Traits
+from tunesmith.objectives import Batch, JsonObject, Metrics, Session, Source, Step
 from tunesmith.rollout.answer_objective import AnswerObjective
 from tunesmith.rollout.reward_scale import Normalization, RewardScale
 from tunesmith.rollout.rollout_config import RolloutKeys
@@ -121,17 +121,7 @@ class Config(RolloutKeys, objectives.Config):
 class Objective(AnswerObjective, objectives.Objective):
     config: Config
     kl_key = "objective.kl_coef"
-    traits = Traits(
-        rows=(Prompt,),
-        best=("eval_reward", "max"),
-        figures=("eval_reward",),
-        fits_rows=True,
-        deterministic=True,
-        samples=True,
-        value_head=True,
-        rate=0.15,
-        starter_keys={"rewards": [{"type": "length", "max": 30, "unit": "words"}, {"type": "final_stop"}]},
-    )
+    traits = objectives.answer_traits(Prompt, rate=0.15, value_head=True)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

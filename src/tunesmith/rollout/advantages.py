@@ -40,8 +40,8 @@ def gae(
     """Return advantages and returns, (tokens,) each: generalised advantage estimation (Schulman et al. 2016).
 
     delta_t = r_t + gamma V_{t+1} - V_t (equation 10); A_t = delta_t + gamma lambda A_{t+1} (equation 16);
-    the return is A_t + V_t. V after the last token is 0 for every answer: a truncated answer was scored as it
-    stands, so its score already is the whole return, and the value of a continuation would be added twice.
+    the return is A_t + V_t. V after the last token is 0 for every answer: the score of a
+    truncated answer is that of the cut text and so the whole return, to which a continuation adds nothing.
 
     A_t = b_t + a_t A_{t+1} is computed by a parallel scan: after k rounds b_t holds 2^k terms of the sum.
     """

@@ -43,6 +43,6 @@ ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def without_variance(scores: np.ndarray) -> np.ndarray:
-    """bool (prompts,): all answers to the prompt have the same score, so nothing can be learnt from them."""
+    """bool (prompts,): all answers to the prompt have the same score, so their advantages are zero."""
     spread = scores.max(axis=1) - scores.min(axis=1)
     return np.asarray(spread <= NO_DIFFERENCE * np.maximum(1.0, np.abs(scores).max(axis=1)))

@@ -63,6 +63,7 @@ class RewardKeys(BaseModel):
     def scorer(self, place: str, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         """Return the reward, ready to score; no weights are loaded.
 
-        ``place``: the key of the recipe, for errors. ``tokenizer``: the policy's. Raises UserError.
+        Every reward writes it. ``place``: the key of the recipe, for errors. ``tokenizer``: the policy's. Raises
+        UserError.
         """
         raise NotImplementedError

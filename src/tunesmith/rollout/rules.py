@@ -31,6 +31,7 @@ class Rule(RewardKeys):
     """A reward that scores each answer alone."""
 
     def score(self, answer: Completion) -> float:
+        """Return the reward of one answer. Every rule writes it."""
         raise NotImplementedError
 
     def scorer(self, place: str, tokenizer: PreTrainedTokenizerBase) -> Scorer:

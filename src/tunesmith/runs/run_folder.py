@@ -25,7 +25,7 @@ from tunesmith.recipe import text as recipe_text
 from tunesmith.runs import metrics_file
 
 Start = Literal["new", "resume", "restart"]
-"""How a run starts: in an empty folder, from the last checkpoint, or again from step 0."""
+"""Start of a run: in an empty folder, from the last checkpoint, or again from step 0."""
 
 LOCK = ".lock"
 REPLACED = "replaced-"

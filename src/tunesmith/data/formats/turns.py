@@ -196,7 +196,7 @@ def refuse_media(values: Message, place: str = "") -> None:
     """Raise FieldFault for images, audio or video next to text: the model would be trained without them."""
     for key in MEDIA:
         if values.get(key):
-            fix = "Remove it if the text stands alone, else the row: images, audio and video are not trained on."
+            fix = "Remove it if the text makes sense without it, else the row: images, audio and video are not trained on."
             raise FieldFault(f"{place}{key}", "text only", shorten(values[key]), fix)
 
 

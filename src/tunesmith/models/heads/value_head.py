@@ -29,7 +29,7 @@ FILE = f"{NAME}.safetensors"
 def attach(model: PreTrainedModel, saved: Path | None = None) -> None:
     """Add a trainable value head to ``model``, in place: that of the folder ``saved`` if it has one.
 
-    A new head is zero, so every value is 0 and no gradient disturbs the body before the head has learnt.
+    A new head is zero, so every value is 0 and the body gets no gradient from it before its first update.
     Raises ModelError for a saved head of another width.
     """
     inner = base(model)

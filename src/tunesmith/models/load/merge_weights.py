@@ -35,7 +35,10 @@ def merge_into_base(model: PreTrainedModel) -> PreTrainedModel:
     _install_trained_copies(core)
     try:
         plain = model.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError) as error:
+    except (
+        ValueError,
+        NotImplementedError,
+    ) as error:  # peft raises either for an adapter that it cannot merge
         raise UserError(f"this adapter cannot be merged: {error}") from None
     if tied:
         embedding, output = plain.get_input_embeddings(), plain.get_output_embeddings()
