@@ -1,7 +1,9 @@
 """The verdict on a run, its baselines and intervals: one computation for every objective."""
 
+import html
 import io
 import json
+import math
 from functools import cache
 
 import pytest
@@ -12,8 +14,9 @@ from tests.runs import recipe
 from tunesmith import objectives
 from tunesmith.cli.evaluate import _tables
 from tunesmith.cli.train import summary
+from tunesmith.metrics.intervals import RowFigure
 from tunesmith.runs import assessment
-from tunesmith.runs.figure_format import change_text
+from tunesmith.runs.figure_format import change_text, number
 
 OBJECTIVES = ("sft", "cpt", "classify", "tag", "qa", "reward", "dpo", "kto", "grpo", "ppo")
 ENCODED = ("classify", "tag", "qa")
@@ -48,12 +51,28 @@ def test_the_values_of_rows_make_the_figures_of_the_evaluation(runs, objective):
 
 
 BASELINES = {
-    "classify": {"eval_accuracy": (6 / 16, "always good, the most frequent")},
-    "tag": {"eval_f1": (0.0, "always O"), "eval_accuracy": (None, "always O")},
+    "classify": {
+        "eval_accuracy": (6 / 16, "always good, the most frequent"),
+        "eval_macro_f1": (2 * 6 / (16 + 6) / 3, "always good, the most frequent"),
+        "eval_loss": (None, "the frequency of each as its probability"),
+    },
+    "tag": {
+        "eval_f1": (0.0, "always O"),
+        "eval_accuracy": (None, "always O"),
+        "eval_loss": (None, "the frequency of each as its probability"),
+    },
     "qa": {"eval_f1": (0.0, "always no answer"), "eval_exact_match": (0.0, "always no answer")},
-    "reward": {"eval_accuracy": (None, "always the longer answer")},
+    "reward": {
+        "eval_accuracy": (None, "always the longer answer"),
+        "eval_loss": (math.log(2), "equal rewards"),
+        "eval_margin": (0.0, "equal rewards"),
+    },
     "kto": {"eval_loss": (0.5, "the reference policy, unchanged")},
-    "dpo": {"eval_rewards/accuracies": (None, "always the longer answer")},
+    "dpo": {
+        "eval_rewards/accuracies": (None, "always the longer answer"),
+        "eval_loss": (math.log(2), "the reference policy, unchanged"),
+        "eval_rewards/margins": (0.0, "the reference policy, unchanged"),
+    },
 }
 
 
@@ -62,7 +81,7 @@ def test_each_objective_names_the_rule_that_needs_no_model(runs, objective):
     figures = runs(objective)[0]["assessment"]["figures"]
     for name, (value, words) in BASELINES[objective].items():
         baseline = figures[name]["baseline"]
-        assert baseline["words"] == words and 0 <= baseline["value"] <= 1
+        assert baseline["words"] == words and 0 <= baseline["value"] <= 1.5
         assert value is None or baseline["value"] == pytest.approx(value)
 
 
@@ -101,9 +120,24 @@ def test_terminal_report_and_evaluation_show_the_same_assessment(runs, objective
     assert again["assessment"]["figures"][name]["value"] == pytest.approx(found["figures"][name]["value"], abs=1e-5)
 
 
+@pytest.mark.parametrize(("objective", "groups"), [("classify", "per_class"), ("tag", "by_type")])
+def test_the_page_of_an_evaluation_has_intervals_and_baselines(objective, groups, runs, tmp_path):
+    _, folder, rows = runs(objective)
+    found = tunesmith.evaluate(folder, rows, precision="fp32", out=tmp_path / "page")
+    page = (tmp_path / "page" / "report.html").read_text("utf-8")
+    for name, one in found["assessment"]["figures"].items():
+        assert f"{number(one['low'])} to {number(one['high'])}" in page if "low" in one else True, name
+        assert one["baseline"]["words"] in page if one.get("baseline") else True, name
+    assert all(line[1:] in html.unescape(page) for line in found["assessment"]["verdict"])
+    assert "low" in found["assessment"]["figures"]["eval_macro_f1" if objective == "classify" else "eval_f1"]
+    classes = found["details"][groups].values()
+    assert classes and all(one["f1_low"] <= one["f1"] <= one["f1_high"] for one in classes)
+    assert "f1 low" in page and "f1 low" in plain(_tables(found))
+
+
 def evaluation(rights, baseline=None, remarks=()):
-    rows = {(0, row): (float(right), 1.0) for row, right in enumerate(rights)}
-    known = {(0, row): (float(right), 1.0) for row, right in enumerate(baseline or ())}
+    rows = RowFigure({(0, row): (float(right), 1.0) for row, right in enumerate(rights)})
+    known = RowFigure({(0, row): (float(right), 1.0) for row, right in enumerate(baseline or ())})
     always = {"words": "always good", "value": sum(baseline) / len(baseline), "rows": known} if baseline else {}
     baselines = {"eval_accuracy": always} if baseline else {}
     return json.loads(json.dumps(assessment.measured(3, {"eval_accuracy": rows}, baselines, remarks)))
@@ -118,7 +152,7 @@ HALF, MOST, FEW = [0, 1] * 40, [1, 1, 1, 0] * 20, [1, 0, 0, 0] * 20
         (FEW, MOST, FEW, ["better than before training: accuracy 0.25 -> 0.75"], True),
         (MOST, FEW, None, ["worse than before training: accuracy 0.75 -> 0.25"], False),
         (HALF, [*HALF[:-1], 0], None, ["no difference from before training can be told from chance"], None),
-        (FEW, HALF, [1] * 80, ["better than before", "below the baseline (always good: 1)"], True),
+        (FEW, HALF, [1] * 80, ["better than before", "worse than the baseline (always good: 1)"], True),
         (FEW, HALF, [1, 0] * 40, ["better than before", "not clearly better than the baseline (always good: 0.5)"], True),
     ],
 )

@@ -29,7 +29,8 @@ from tunesmith.evaluate.prompt_answers import PromptAnswer, greedy_answers
 from tunesmith.evaluate.trained_reading import trained_with
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import answer_metrics, comparison
-from tunesmith.metrics.comparison import Difference, OfSums, ratio
+from tunesmith.metrics.comparison import Difference
+from tunesmith.metrics.sum_functions import FUNCTIONS, OfSums, ratio
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load.compute_dtype import cast_and_move
 from tunesmith.models.load.load import load
@@ -50,6 +51,8 @@ class Figure:
     better: bool | None
     """True: higher is better. None: neither is."""
     of_sums: OfSums = ratio
+    columns: tuple[str, ...] = ()
+    """Names of the terms, such as classes: two systems are compared only if theirs are equal."""
 
 
 @dataclass
@@ -132,8 +135,13 @@ def _measure(name: str, data: str, limit: int | None, precision: str) -> System:
     measured, opened = kept[0], kept[0].opened
     objective = opened.objective
     figures = {
-        key: Figure({row: terms for (_, row), terms in rows.items()}, _is_higher_better(key))
-        for key, rows in objective.row_figures(measured.records).items()
+        key: Figure(
+            {row: terms for (_, row), terms in one.rows.items()},
+            _is_higher_better(key),
+            FUNCTIONS[one.function],
+            one.columns,
+        )
+        for key, one in objective.row_figures(measured.records).items()
     }
     if not figures:
         raise UserError(f"{name} has no figure by row on {data}: there is nothing to compare")
@@ -213,7 +221,7 @@ def _pair(first: System, second: System) -> JsonObject:
     for name, after in second.figures.items():
         before = first.figures.get(name)
         rows = sorted(before.terms.keys() & after.terms.keys()) if before else []
-        if before is None or len(rows) < 2:
+        if before is None or len(rows) < 2 or before.columns != after.columns:
             continue
         arrays = tuple(
             np.array([figure.terms[row] for row in rows], np.float64) for figure in (before, after)

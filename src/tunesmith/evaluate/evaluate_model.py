@@ -24,6 +24,7 @@ from tunesmith.evaluate.prompt_answers import greedy_answers
 from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import answer_metrics as metrics_of_answers
+from tunesmith.metrics import intervals
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.load.compute_dtype import ComputeDtype
 from tunesmith.models.network import base, first_position
@@ -157,11 +158,21 @@ def evaluate(
     if not isinstance(chosen, TaskHead):
         return metrics
     answers = chosen.answers(records)
-    metrics["details"] = chosen.details(records)
+    metrics["details"] = _with_intervals(chosen, records)
     if out is not None:
         title = str(model) if opened.loaded_here else "a model in memory"
         metrics["report"] = str(_write_report(Path(out), title, metrics, answers, source, opened))
     return metrics
+
+
+def _with_intervals(objective: TaskHead, records: list[JsonObject]) -> JsonObject:
+    """Return the objective's ``details``; each class, type or group has the interval of its F1."""
+    details = objective.details(records)
+    groups = details.get("per_class") or details.get("by_type") or {}
+    for name, figure in objective.group_figures(records).items():
+        if name in groups and (found := intervals.of_figure(figure)):
+            groups[name] |= {"f1_low": found.low, "f1_high": found.high}
+    return details
 
 
 def _check_out(folder: Path, head: str) -> None:
@@ -196,4 +207,4 @@ def _write_report(
     facts = {"command": shlex.join(sys.argv), "notes": notes, "data": source.label, "objective": opened.name}
     facts |= {key: metrics[key] for key in ("rows", "tokens", "tokens_per_second")}
     figures = {**metrics["details"], "loss": metrics["eval_loss"]}
-    return task_page.write(folder, title, figures, mistakes, facts)
+    return task_page.write(folder, title, figures, mistakes, facts, metrics["assessment"])

@@ -22,7 +22,7 @@ import numpy as np
 
 from tunesmith.errors import UserError
 from tunesmith.metrics import squad
-from tunesmith.metrics.comparison import OfSums, ratio
+from tunesmith.metrics.sum_functions import OfSums, ratio
 from tunesmith.suggestions import did_you_mean
 
 if TYPE_CHECKING:

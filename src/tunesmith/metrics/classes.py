@@ -174,14 +174,18 @@ def calibration(confidence: ArrayLike, correct: ArrayLike) -> list[dict[str, flo
     """
     # sklearn.calibration.calibration_curve has these bins, but no counts and no ties, and it refuses nan.
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    bin_of = np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
-    bins = []
+    bin_numbers, bins = bin_of(confidence), []
     for number in range(BINS):
-        members = (bin_of == number) & ~np.isnan(confidence)
+        members = (bin_numbers == number) & ~np.isnan(confidence)
         if count := int(members.sum()):
             means = float(confidence[members].mean()), float(correct[members].mean())
             bins.append({"confidence": means[0], "accuracy": means[1], "count": count})
     return bins
+
+
+def bin_of(confidence: np.ndarray) -> np.ndarray:
+    """Return the number of the bin, from 0, of each confidence (n,)."""
+    return np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
 
 
 def calibration_error(bins: Sequence[dict[str, float]]) -> float | None:

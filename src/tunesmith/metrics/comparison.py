@@ -12,13 +12,14 @@ t; the interval of any other figure is that of a bootstrap over clusters. Random
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from tunesmith.metrics.intervals import LEVEL, Interval
+from tunesmith.metrics.intervals import LEVEL, Interval, ends, figure_ends
+from tunesmith.metrics.sum_functions import OfSums, ratio
 
 EXCHANGES = 9999
 """Random exchanges of a test: the smallest p value is 1 / 10,000."""
@@ -26,15 +27,6 @@ DRAWS = 1000
 POWER = 0.8
 _AT_ONCE = 4_000_000
 """Random numbers in memory at once."""
-
-OfSums = Callable[[np.ndarray], np.ndarray]
-"""Sums (n, k) of the terms over rows -> figures (n,)."""
-
-
-def ratio(sums: np.ndarray) -> np.ndarray:
-    """Return the first sum divided by the second, nan where that is 0. ``sums``: (n, 2)."""
-    above, below = sums[:, 0], sums[:, 1]
-    return np.divide(above, below, out=np.full(len(sums), np.nan), where=below != 0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ def interval(
         half = _t(len(summed)) * _error(_influences(summed))
         return Interval(value, value - half, value + half, len(terms))
     drawn = of_sums(np.concatenate([block @ summed for block in _counts(len(summed))]))
-    return Interval(value, *_middle(drawn), len(terms))
+    return Interval(value, *figure_ends(of_sums, value, drawn), len(terms))
 
 
 def difference(
@@ -101,7 +93,7 @@ def difference(
         counts = list(_counts(len(before)))
         drawn = np.concatenate([of_sums(block @ after) - of_sums(block @ before) for block in counts])
         error = float(np.nanstd(drawn))
-        low, high = _middle(drawn)
+        low, high = ends(of_sums, value, drawn)
     quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
     p = _exchange_p(before, after, of_sums, abs(value))
     return Difference(value, low, high, p, len(first), len(before), float(quantiles * error))
@@ -170,8 +162,3 @@ def _exchange_p(before: np.ndarray, after: np.ndarray, of_sums: OfSums, seen: fl
         drawn = of_sums(totals[1] - exchanged) - of_sums(totals[0] + exchanged)
         as_large += int(np.sum(np.abs(drawn) >= seen - 1e-12))
     return (as_large + 1) / (EXCHANGES + 1)
-
-
-def _middle(drawn: np.ndarray) -> tuple[float, float]:
-    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)

@@ -166,6 +166,14 @@ def sums_of_row(
     return sums | {name: (2 * hits if name == "f1" else hits, float(below)) for name, below in marks.items()}
 
 
+def f1_terms_by_type(gold: Sequence[str], predicted: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Return a row's two terms of the F1 of each entity type that is true or predicted in it."""
+    true_spans, found = set(spans(gold)), set(spans(predicted))
+    hits = Counter(name for name, _, _ in found & true_spans)
+    marks = Counter(name for name, _, _ in [*found, *true_spans])
+    return {name: (2.0 * hits[name], float(count)) for name, count in marks.items()}
+
+
 def _entity_metrics(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> JsonObject:
     from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 

@@ -23,7 +23,7 @@ from tunesmith.data.encode import texts
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import intervals
-from tunesmith.metrics.intervals import RowValues
+from tunesmith.metrics.intervals import RowFigure, RowValues
 from tunesmith.metrics.token_mean import token_mean
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
@@ -52,15 +52,15 @@ Overlong = Literal["error", "drop", "truncate"]
 class Baseline:
     """The figure of a rule that needs no model, such as "always the most frequent class".
 
-    ``rows``: each row's terms of the figure; None for a figure that is not a ratio of sums over rows."""
+    ``rows``: each row's terms of the figure; None for a figure that is not a function of sums over rows."""
 
     words: str
     value: float
-    rows: RowValues | None = None
+    rows: RowFigure | None = None
 
     @classmethod
-    def of_rows(cls, words: str, rows: RowValues) -> Baseline:
-        return cls(words, intervals.figure(rows) or 0.0, rows)
+    def of_rows(cls, words: str, figure: RowFigure) -> Baseline:
+        return cls(words, figure.value or 0.0, figure)
 
 
 class Config(BaseModel):
@@ -206,8 +206,8 @@ class Objective:
         """Return figures over all records, such as ``eval_loss``."""
         raise NotImplementedError
 
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
-        """Return the figures of ``summarise`` that are a ratio of two sums over rows, as each row's terms.
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
+        """Return the figures of ``summarise`` that are a function of sums over rows, as each row's terms.
 
         Only these figures and their differences have an interval."""
         return {}
@@ -215,7 +215,7 @@ class Objective:
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
         """Return, by figure of :meth:`summarise`, what a rule without a model reaches on the same rows.
 
-        A loss has no baseline: it is compared with the loss before training."""
+        The loss of a language model has none: it is compared with the loss before training."""
         return {}
 
     def remarks(self, records: Sequence[JsonObject]) -> list[str]:
@@ -264,14 +264,14 @@ class LanguageModel(Objective):
         """Mean over all supervised tokens, for any batching, its standard error, and its exponential."""
         return token_mean(records)
 
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
-        """Return the loss. Blocks of one document and turns of one conversation count as one row."""
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
+        """Return loss and perplexity. Blocks of one document and turns of one conversation count as one row."""
         rows: dict[intervals.Place, tuple[float, float]] = {}
         for record in records:
             for place, (loss, tokens) in zip(record["places"], record["rows"], strict=True):
                 before = rows.get(place, (0.0, 0.0))
                 rows[place] = before[0] + loss, before[1] + tokens
-        return {"eval_loss": rows}
+        return {"eval_loss": RowFigure(rows), "perplexity": RowFigure(rows, "exponential")}
 
 
 class TaskHead(Objective):
@@ -336,6 +336,11 @@ class TaskHead(Objective):
         """All figures of held-out rows, as JSON: by class, by type, tables and curves."""
         raise NotImplementedError
 
+    def group_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
+        """Return the F1 (of pairs: the accuracy) of each class, type or group of :meth:`details`, as each
+        row's terms."""
+        return {}
+
     def present(self, row: Any, answer: JsonObject) -> JsonObject:
         """Format one of ``answers`` for the user, next to its row."""
         raise NotImplementedError
@@ -358,11 +363,11 @@ def always_longer(longer: RowValues) -> Baseline:
 
     It is the rule that is right more often. ``longer``: row -> (pairs whose better answer is the longer one,
     all pairs); a tie counts half."""
-    share = intervals.figure(longer)
-    if share is None or share >= 0.5:
-        return Baseline.of_rows("always the longer answer", longer)
+    always = Baseline.of_rows("always the longer answer", RowFigure(longer))
+    if always.value >= 0.5 or not longer:
+        return always
     shorter = {place: (pairs - count, pairs) for place, (count, pairs) in longer.items()}
-    return Baseline.of_rows("always the shorter answer", shorter)
+    return Baseline.of_rows("always the shorter answer", RowFigure(shorter))
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> dict[str, float]:

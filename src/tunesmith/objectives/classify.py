@@ -18,8 +18,8 @@ from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import RecipeError
 from tunesmith.metrics import classes
-from tunesmith.metrics.class_problems import FIGURES, PROBLEMS
-from tunesmith.metrics.intervals import RowValues
+from tunesmith.metrics.class_problems import FIGURES, PROBLEMS, f1_of_each
+from tunesmith.metrics.intervals import RowFigure
 from tunesmith.models import network
 from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
 
@@ -321,28 +321,27 @@ class Objective(objectives.TaskHead):
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
         """Mean loss of a row with its standard error, and :mod:`tunesmith.metrics.classes`."""
-        _, scores, targets, losses = self._joined(records)
+        losses = self._joined(records)[3]
         figures = {"eval_loss": float(losses.mean())}
         if len(losses) > 1:
             figures["eval_loss_stderr"] = float(losses.std(ddof=1) / len(losses) ** 0.5)
-        measured = self.measure(scores, targets) | {"baseline": None}
+        measured = self.details(records) | {"baseline": None}
         return figures | {
             f"eval_{name}": value for name, value in measured.items() if isinstance(value, float)
         }
 
-    def measure(self, scores: np.ndarray, targets: np.ndarray) -> JsonObject:
-        """All figures of ``scores`` (rows, k) against ``targets`` (rows, k)."""
-        return PROBLEMS[self.problem].measure(targets, scores, self.labels, self.threshold)
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
+        return PROBLEMS[self.problem].row_figures(*self._joined(records), self.labels, self.threshold)
 
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
-        return PROBLEMS[self.problem].row_figures(*self._joined(records), self.threshold)
+    def group_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
+        return f1_of_each(self.row_figures(records).get("eval_macro_f1"))
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Return the figures of always the most frequent class, the most frequent labels, or the mean."""
-        known = self._joined(records)[:3]
-        words, rows, macro_f1 = PROBLEMS[self.problem].baseline(*known, self.labels, self.threshold)
-        other = {} if macro_f1 is None else {"eval_macro_f1": Baseline(words, macro_f1)}
-        return {name: Baseline.of_rows(words, values) for name, values in rows.items()} | other
+        """Return the figures of the most frequent class or labels, or of the mean; the loss of frequencies."""
+        problem = PROBLEMS[self.problem]
+        rules = problem.baselines(*self._joined(records)[:3], self.labels, self.threshold)
+        found = {name: Baseline("the same for all rows", value) for name, value in problem.chance.items()}
+        return found | {name: Baseline.of_rows(*rule) for name, rule in rules.items()}
 
     def remarks(self, records: Sequence[JsonObject]) -> list[str]:
         _, scores, targets, _ = self._joined(records)
@@ -356,7 +355,7 @@ class Objective(objectives.TaskHead):
 
     def details(self, records: Sequence[JsonObject]) -> JsonObject:
         _, scores, targets, _ = self._joined(records)
-        return self.measure(scores, targets)
+        return PROBLEMS[self.problem].measure(targets, scores, self.labels, self.threshold)
 
     def present(self, row: Labelled, answer: JsonObject) -> JsonObject:
         """label, labels or value; for classes with the probability of each."""

@@ -19,7 +19,7 @@ from tunesmith import objectives
 from tunesmith.data.batch import preference_batch
 from tunesmith.data.encode import rankings
 from tunesmith.data.rows import Ranking
-from tunesmith.metrics.intervals import RowValues
+from tunesmith.metrics.intervals import RowFigure
 from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Overlong
 
 if TYPE_CHECKING:
@@ -240,15 +240,32 @@ class Objective(objectives.Objective):
         means = {f"eval_{name}": math.fsum(row[name] for row in rows) / len(rows) for name in names}
         return objectives.mean_loss([(row["loss"], 1) for row in rows]) | means
 
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
         rows = [row for record in records for row in record["rows"]]
         names = [name for name in (rows[0] if rows else ()) if name not in NO_FIGURES]
-        return {f"eval_{name}": {row["row"]: (row[name], 1.0) for row in rows} for name in names}
+        return {f"eval_{name}": RowFigure({row["row"]: (row[name], 1.0) for row in rows}) for name in names}
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Return the accuracy of always choosing the longer, or the shorter, answer of a pair."""
+        """Return the accuracy of always choosing the longer, or the shorter, answer of a pair; of loss and
+        margin, those of the reference policy."""
         longer = {row["row"]: (row["longer"], 1.0) for record in records for row in record["rows"]}
-        return {"eval_rewards/accuracies": objectives.always_longer(longer)}
+        found = {"eval_rewards/accuracies": objectives.always_longer(longer)}
+        if not self.traits.needs_reference:
+            return found
+        values = {"eval_loss": self._loss_without_change(), "eval_rewards/margins": 0.0}
+        return found | {
+            name: Baseline.of_rows(
+                "the reference policy, unchanged", RowFigure(dict.fromkeys(longer, (value, 1.0)))
+            )
+            for name, value in values.items()
+        }
+
+    def _loss_without_change(self) -> float:
+        """Return the loss of a pair whose log-probabilities are those of the reference policy."""
+        import torch
+
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        return float(LOSSES[self.config.loss_type](Pairs(zero, zero, zero, zero, one, one), self.config))
 
     def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
         """Return for each row the rewards of its answers, its loss, and whether all pairs rank correctly."""

@@ -22,7 +22,7 @@ from tunesmith.data.check import balance
 from tunesmith.data.encode import judgements
 from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.rows import Judged
-from tunesmith.metrics.intervals import RowValues
+from tunesmith.metrics.intervals import RowFigure
 from tunesmith.objectives import (
     Baseline,
     Batch,
@@ -206,19 +206,19 @@ class Objective(objectives.Objective):
         unchanged = {
             row["row"]: (loss, 1.0) for row, loss in zip(rows, self._row_losses(rows, 0.0), strict=True)
         }
-        return {"eval_loss": Baseline.of_rows("the reference policy, unchanged", unchanged)}
+        return {"eval_loss": Baseline.of_rows("the reference policy, unchanged", RowFigure(unchanged))}
 
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
         """Return the loss, and rewards and log p of the chosen and the rejected answers.
 
         The KL term of the loss is one number for all rows. Its own sampling error is not in the interval."""
         rows = [row for record in records for row in record["rows"]]
         losses = {row["row"]: (loss, 1.0) for row, loss in zip(rows, self._row_losses(rows), strict=True)}
         values = {"rewards": ("ratio", self.config.beta), "logps": ("logp", 1.0)}
-        return {"eval_loss": losses} | {
-            f"eval_{name}/{kind}": {
-                row["row"]: (scale * row[key], 1.0) for row in rows if row["desirable"] is label
-            }
+        return {"eval_loss": RowFigure(losses)} | {
+            f"eval_{name}/{kind}": RowFigure(
+                {row["row"]: (scale * row[key], 1.0) for row in rows if row["desirable"] is label}
+            )
             for name, (key, scale) in values.items()
             for kind, label in (("chosen", True), ("rejected", False))
         }

@@ -15,7 +15,7 @@ from tunesmith.data.encode import questions
 from tunesmith.data.rows import Question
 from tunesmith.errors import DataError
 from tunesmith.metrics import squad, token_mean
-from tunesmith.metrics.intervals import RowValues
+from tunesmith.metrics.intervals import RowFigure
 from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Traits
 
 if TYPE_CHECKING:
@@ -227,10 +227,13 @@ class Objective(objectives.TaskHead):
         names = ["exact_match", "f1", *(["has_answer_f1", "no_answer_f1"] if both_kinds else [])]
         return loss | {f"eval_{name}": details[name] for name in names}
 
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
         rows = self._join_windows(records)
         loss = {row["row"]: (float(row["loss"][0]), float(row["loss"][1])) for row in rows}
-        return {"eval_loss": loss, **_ratios([(one, one["prediction"]) for one in self._known(records)])}
+        return {
+            "eval_loss": RowFigure(loss),
+            **_ratios([(one, one["prediction"]) for one in self._known(records)]),
+        }
 
     def _known(self, records: Sequence[JsonObject]) -> list[JsonObject]:
         return [answer for answer in self.answers(records) if answer["gold"] is not None]
@@ -279,14 +282,16 @@ class Objective(objectives.TaskHead):
         return {**({} if row.id is None else {"id": row.id}), "answer": answer["prediction"], **shown}
 
 
-def _ratios(pairs: Sequence[tuple[JsonObject, str]]) -> dict[str, RowValues]:
+def _ratios(pairs: Sequence[tuple[JsonObject, str]]) -> dict[str, RowFigure]:
     """Return exact match and F1 by row. ``pairs``: (record with the gold answers, predicted text)."""
     measures = {"eval_exact_match": squad.exact_match, "eval_f1": squad.f1}
     return {
-        name: {
-            (answer["row"][0], answer["row"][1]): (measure(text, answer["gold"]), 1.0)
-            for answer, text in pairs
-        }
+        name: RowFigure(
+            {
+                (answer["row"][0], answer["row"][1]): (measure(text, answer["gold"]), 1.0)
+                for answer, text in pairs
+            }
+        )
         for name, measure in measures.items()
     }
 

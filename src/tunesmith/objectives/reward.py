@@ -21,7 +21,8 @@ from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError
 from tunesmith.metrics import classes
-from tunesmith.metrics.intervals import RowValues
+from tunesmith.metrics.class_problems import calibration_terms
+from tunesmith.metrics.intervals import RowFigure
 from tunesmith.models import network
 from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
 
@@ -174,8 +175,8 @@ class Objective(objectives.TaskHead):
             empty = dict.fromkeys(("accuracy", "margin", "calibration_error"))
             return {**empty, "calibration": [], "by_length": {}, "pairs": 0}
         lead, longer = (np.array([pair[name] for pair in pairs], float) for name in ("lead", "longer"))
-        right = np.where(lead == 0, 0.5, lead > 0)
-        bins = classes.calibration(1 / (1 + np.exp(-np.abs(lead))), right)
+        confidence, right = _confidence(lead)
+        bins = classes.calibration(confidence, right)
         edges = np.unique(np.quantile(longer, np.linspace(0, 1, LENGTH_BUCKETS + 1)))
         by_length = {}
         for low, high in pairwise(edges):
@@ -196,28 +197,44 @@ class Objective(objectives.TaskHead):
             "by_length": by_length,
         }
 
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
         rows = [row for row in _sorted_rows(records) if row["pairs"]]
 
-        def over_pairs(value: Callable[[JsonObject], float]) -> RowValues:
-            return {
-                row["row"]: (math.fsum(map(value, row["pairs"])), float(len(row["pairs"]))) for row in rows
-            }
+        def over_pairs(value: Callable[[JsonObject], float]) -> RowFigure:
+            return RowFigure(
+                {row["row"]: (math.fsum(map(value, row["pairs"])), float(len(row["pairs"]))) for row in rows}
+            )
 
+        if not rows:
+            return {}
+        number = np.repeat(np.arange(len(rows)), [len(row["pairs"]) for row in rows])
+        lead = np.array([pair["lead"] for row in rows for pair in row["pairs"]], float)
+        calibration = calibration_terms(*_confidence(lead), rows=number).at([row["row"] for row in rows])
         return {
-            "eval_loss": {row["row"]: (_mean_loss(row), 1.0) for row in rows},
+            "eval_loss": RowFigure({row["row"]: (_mean_loss(row), 1.0) for row in rows}),
             "eval_accuracy": over_pairs(lambda pair: _side(pair["lead"])),
             "eval_margin": over_pairs(lambda pair: float(pair["lead"])),
+            "eval_calibration_error": calibration,
         }
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Return the accuracy of always choosing the longer, or the shorter, answer of a pair."""
+        """Return the accuracy of always choosing the longer, or the shorter, answer of a pair; of loss and margin,
+        those of equal rewards."""
         longer = {
             row["row"]: (math.fsum(_side(pair["longer"]) for pair in row["pairs"]), float(len(row["pairs"])))
             for row in _sorted_rows(records)
             if row["pairs"]
         }
-        return {"eval_accuracy": objectives.always_longer(longer)} if longer else {}
+        if not longer:
+            return {}
+        equal = (
+            RowFigure(dict.fromkeys(longer, (math.log(2), 1.0))),
+            RowFigure(dict.fromkeys(longer, (0.0, 1.0))),
+        )
+        return {"eval_accuracy": objectives.always_longer(longer)} | {
+            name: Baseline.of_rows("equal rewards", figure)
+            for name, figure in zip(("eval_loss", "eval_margin"), equal)
+        }
 
     def remarks(self, records: Sequence[JsonObject]) -> list[str]:
         rewards = {reward for row in _sorted_rows(records) for reward in row["rewards"]}
@@ -250,6 +267,11 @@ def _rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     from tunesmith.models.heads import task_heads
 
     return task_heads.score_logits(model, batch)[:, 0]
+
+
+def _confidence(lead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probability of the preferred answer of each pair, and 1 if it is the chosen one (a tie: 1/2)."""
+    return 1 / (1 + np.exp(-np.abs(lead))), np.where(lead == 0, 0.5, lead > 0)
 
 
 def _side(difference: float) -> float:

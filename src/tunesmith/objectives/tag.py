@@ -18,8 +18,9 @@ from tunesmith.data.encode.labels import Names
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError, ReadOnceError
-from tunesmith.metrics import entities, intervals, token_mean
-from tunesmith.metrics.intervals import RowValues
+from tunesmith.metrics import entities, tag_figures, token_mean
+from tunesmith.metrics.class_problems import FREQUENCIES
+from tunesmith.metrics.intervals import RowFigure
 from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Traits
 
 if TYPE_CHECKING:
@@ -307,31 +308,28 @@ class Objective(objectives.TaskHead):
         keys = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "token_accuracy"}
         return loss | {f"eval_{name}": details[key] for name, key in keys.items() if details[key] is not None}
 
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
         rows = self._join_windows(records)
         loss = {row["row"]: (float(row["loss"][0]), float(row["loss"][1])) for row in rows}
-        return {"eval_loss": loss, **self._ratios([(one, one["prediction"]) for one in self._known(records)])}
+        return {"eval_loss": RowFigure(loss), **tag_figures.ratios(self._known(records), self.scheme)}
 
     def _known(self, records: Sequence[JsonObject]) -> list[JsonObject]:
         return [answer for answer in self.answers(records) if answer["gold"] is not None]
 
-    def _ratios(self, pairs: Sequence[tuple[JsonObject, list[str]]]) -> dict[str, RowValues]:
-        """Return accuracy and the entities' F1, precision and recall. ``pairs``: (record, predicted tags)."""
-        figures: dict[str, dict[intervals.Place, tuple[float, float]]] = {}
-        for answer, tags in pairs:
-            for name, sums in entities.sums_of_row(answer["gold"], tags, self.scheme).items():
-                figures.setdefault(f"eval_{name}", {})[answer["row"][0], answer["row"][1]] = sums
-        return dict(figures)
+    def group_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
+        return tag_figures.f1_by_type(self._known(records)) if self.scheme else {}
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Return the figures of always O; if the tags have no O, of always the most frequent tag."""
+        """Return the figures of always O, or without O of always the most frequent tag; the loss of frequencies."""
         known = self._known(records)
         counts = Counter(tag for answer in known for tag in answer["gold"])
         if not counts:
             return {}
         always = "O" if "O" in self.labels else counts.most_common(1)[0][0]
-        ratios = self._ratios([(answer, [always] * len(answer["gold"])) for answer in known])
-        return {name: Baseline.of_rows(f"always {always}", rows) for name, rows in ratios.items()}
+        ratios = tag_figures.ratios(known, self.scheme, always)
+        loss = tag_figures.frequency_loss({row["row"]: row["targets"] for row in self._join_windows(records)})
+        found = {name: Baseline.of_rows(f"always {always}", figure) for name, figure in ratios.items()}
+        return {"eval_loss": Baseline.of_rows(FREQUENCIES, loss), **found}
 
     def remarks(self, records: Sequence[JsonObject]) -> list[str]:
         known = self._known(records)

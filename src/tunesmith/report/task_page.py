@@ -16,7 +16,7 @@ from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
 from tunesmith.report.pages import Tile, heading
-from tunesmith.runs.figure_format import is_number, number
+from tunesmith.runs.figure_format import is_number, label, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +39,7 @@ def write(
     figures: JsonObject,
     mistakes: Sequence[JsonObject] = (),
     facts: JsonObject | None = None,
+    assessment: JsonObject | None = None,
 ) -> Path:
     """Write report.html, and each chart as a PNG, into ``folder``; return the report's path.
 
@@ -46,6 +47,7 @@ def write(
     ``entities.score``, ``squad.score``) and single figures of any name. ``confusion``, ``curves``,
     ``calibration`` and ``per_class`` or ``by_type`` become charts. ``facts``: model, data, rows ... as a
     list; ``notes`` in it are lines at the top of the page, ``command`` is shown below the title.
+    ``assessment``: the verdict, the intervals and the baselines of ``runs.assessment.assess``.
 
     ``mistakes``: the worst first, each {"where": "file:row", "gold": ..., "prediction": ...} (a string, a
     number, a list of strings; None or empty = none). These keys are optional:
@@ -72,7 +74,10 @@ def write(
     by_class = enumerate(_by_class(figures).items())
     classes = [{"#": index, class_word: name, **measures} for index, (name, measures) in by_class]
     several = {key for key, value in figures.items() if isinstance(value, dict | list)} - {"baseline_labels"}
+    assessed = (assessment or {}).get("figures") or {}
+    several |= {name.removeprefix("eval_") for name in assessed}
     single = {key: value for key, value in figures.items() if key not in several}
+    verdict = [f"{line[:1].upper()}{line[1:]}." for line in (assessment or {}).get("verdict") or ()]
     return pages.save(
         folder / "report.html",
         "task.html",
@@ -80,8 +85,9 @@ def write(
         version=tunesmith.__version__,
         command=str(command or ""),
         tiles_shown=_tiles(figures),
-        notes_shown=[str(line) for line in notes],
+        notes_shown=[*verdict, *map(str, notes)],
         figures=single,
+        assessed=[_assessed_row(name, one) for name, one in assessed.items()],
         class_word=class_word,
         classes=sorted(classes, key=lambda row: -row["support"]),
         is_folded=len(classes) > _MOST_OPEN_ROWS,
@@ -89,6 +95,17 @@ def write(
         mistakes=[mistake_card(one) for one in mistakes],
         facts_shown=facts,
     )
+
+
+def _assessed_row(name: str, one: JsonObject) -> JsonObject:
+    """Return a figure with its interval and its baseline, as a row of the page's table."""
+    baseline = one.get("baseline")
+    return {
+        "figure": label(name),
+        "value": one.get("value"),
+        "95% interval": f"{number(one['low'])} to {number(one['high'])}" if "low" in one else None,
+        "baseline": f"{number(baseline['value'])}, {baseline['words']}" if baseline else None,
+    }
 
 
 def _by_class(figures: JsonObject) -> dict[str, JsonObject]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tunesmith.data.batch.pack import Batch, Example, Layout
     from tunesmith.data.batch.step import Step
-    from tunesmith.metrics.intervals import RowValues
+    from tunesmith.metrics.intervals import RowFigure
     from tunesmith.rollout.session_protocol import Session
 
 
@@ -86,7 +86,7 @@ class AnswerObjective:
 
         return token_mean(records) if "rows" in records[0] else held_out.summarise(records)
 
-    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
         from tunesmith.rollout import held_out
 
         return held_out.row_figures(records)

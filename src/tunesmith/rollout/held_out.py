@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tunesmith.data.batch.pack import file_rows
 from tunesmith.data.batch.step import Step
 from tunesmith.json_types import JsonObject
-from tunesmith.metrics.intervals import RowValues
+from tunesmith.metrics.intervals import RowFigure
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.rollout.rewards import Rewards
 from tunesmith.rollout.rollout_config import RolloutKeys
@@ -53,12 +53,12 @@ def summarise(records: Sequence[JsonObject]) -> dict[str, float]:
     return figures
 
 
-def row_figures(records: Sequence[JsonObject]) -> dict[str, RowValues]:
+def row_figures(records: Sequence[JsonObject]) -> dict[str, RowFigure]:
     """Return the reward and each of its parts, by the row of the prompt."""
     names = records[0]["scores"] if records else ()
     return {
-        "eval_reward" if name == TOTAL else f"eval_reward/{name}": {
-            record["row"]: (record["scores"][name], 1.0) for record in records
-        }
+        "eval_reward" if name == TOTAL else f"eval_reward/{name}": RowFigure(
+            {record["row"]: (record["scores"][name], 1.0) for record in records}
+        )
         for name in names
     }

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from tunesmith import files
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import intervals
-from tunesmith.metrics.intervals import Interval, RowValues
+from tunesmith.metrics.intervals import Interval, RowFigure, RowValues
 from tunesmith.runs.figure_format import change_text, label, lower_is_better, number
 
 FILE = "held_out.json"
@@ -23,6 +24,10 @@ FILE = "held_out.json"
 
 ``before`` and ``after``: the evaluations (``measured``) before training and of the best model. ``examples``:
 the ``answers`` of ``after`` with the text of their rows."""
+
+
+_DENSE = 6
+"""Terms of a row up to this number are written without their indices."""
 
 
 def keep(run: Path, which: Literal["before", "after", "examples"], evaluation: JsonObject) -> None:
@@ -42,24 +47,22 @@ def read(run: Path) -> JsonObject:
 
 def measured(
     step: int | None,
-    figures: dict[str, RowValues],
-    baselines: dict[str, JsonObject],
+    figures: Mapping[str, RowFigure],
+    baselines: Mapping[str, JsonObject],
     remarks: Sequence[str],
-    exponentials: Mapping[str, str] | None = None,
 ) -> JsonObject:
     """Return the facts of one evaluation that ``assess`` needs, as JSON.
 
-    ``figures``: each row's terms, by figure. ``baselines``: ``words``, ``value`` and ``rows`` (or None) of
-    each figure's baseline. ``exponentials``: figure -> the figure of which it is the exponential."""
+    ``figures``: each row's terms, by figure. ``baselines``: ``words``, ``value`` and ``rows`` (a RowFigure or
+    None) of each figure's baseline."""
     return {
         "step": step,
-        "figures": {name: _listed(rows) for name, rows in figures.items() if _is_finite(rows)},
+        "figures": {name: _as_json(one) for name, one in figures.items() if _is_finite(one.rows)},
         "baselines": {
-            name: {**one, "rows": _listed(one["rows"]) if one.get("rows") else None}
+            name: {**one, "rows": _as_json(one["rows"]) if one.get("rows") else None}
             for name, one in baselines.items()
         },
         "remarks": list(remarks),
-        "exponentials": dict(exponentials or {}),
     }
 
 
@@ -67,12 +70,26 @@ def _is_finite(rows: RowValues) -> bool:
     return all(math.isfinite(value) for values in rows.values() for value in values)
 
 
-def _listed(rows: RowValues) -> list[list[float]]:
-    return [[*place, *values] for place, values in sorted(rows.items())]
+def _as_json(figure: RowFigure) -> JsonObject:
+    """Return the terms of each row, with their index where a row has many, most of which are 0."""
+    width = len(next(iter(figure.rows.values()), ()))
+    rows = [
+        [*place, *(values if width <= _DENSE else chain(*((i, one) for i, one in enumerate(values) if one)))]
+        for place, values in sorted(figure.rows.items())
+    ]
+    return {"function": figure.function, "width": width, "rows": rows}
 
 
-def _rows(listed: Sequence[Sequence[float]] | None) -> RowValues:
-    return {(int(source), int(row)): (above, below) for source, row, above, below in listed or ()}
+def _row_figure(kept: JsonObject | None) -> RowFigure:
+    if kept is None:
+        return RowFigure({})
+    width, rows = kept["width"], {}
+    for source, row, *values in kept["rows"]:
+        if width > _DENSE:
+            terms = dict(zip(values[::2], values[1::2]))
+            values = [terms.get(index, 0.0) for index in range(width)]
+        rows[int(source), int(row)] = tuple(values)
+    return RowFigure(rows, kept["function"])
 
 
 def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObject:
@@ -85,17 +102,13 @@ def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObjec
     includes zero."""
     figures: JsonObject = {}
     old = before["figures"] if before else {}
-    exponentials: dict[str, str] = after.get("exponentials", {})
-    for name in [*after["figures"], *exponentials]:
-        of, exponential = exponentials.get(name, name), name in exponentials
-        rows = _rows(after["figures"].get(of))
-        found = intervals.of_figure(rows, exponential)
-        if exponential and found is None:
-            continue
-        known = vars(found) if found else {"value": intervals.figure(rows), "rows": len(rows)}
-        change = _difference(name, _rows(old.get(of)), rows, exponential)
-        figures[name] = {**known, "change": change, "baseline": _baseline(after, name, rows)}
-    for name, one in after["baselines"].items():  # figures without terms by row, such as macro F1
+    for name, terms in after["figures"].items():
+        figure = _row_figure(terms)
+        found = intervals.of_figure(figure)
+        known = vars(found) if found else {"value": figure.value, "rows": len(figure.rows)}
+        change = _difference(name, _row_figure(old.get(name)), figure)
+        figures[name] = {**known, "change": change, "baseline": _baseline(after, name, figure)}
+    for name, one in after["baselines"].items():  # figures without terms by row, such as AUROC
         figures.setdefault(name, {"baseline": {"words": one["words"], "value": one["value"]}})
     return {"verdict": [*_change_verdict(figures, best), *_baseline_verdict(figures, best), *after["remarks"]],
             "figures": figures}  # fmt: skip
@@ -107,19 +120,19 @@ def differences(run: Path, other: Path) -> JsonObject:
     A change is as in :func:`assess`. Only figures over the same held-out rows in both runs have one."""
     first, second = (read(folder).get("after", {}).get("figures", {}) for folder in (run, other))
     changes = {
-        name: _difference(name, _rows(first[name]), _rows(second[name])) for name in first if name in second
+        name: _difference(name, _row_figure(first[name]), _row_figure(second[name]))
+        for name in first
+        if name in second
     }
     return {
         name: change
         for name, change in changes.items()
-        if change and change["rows"] == len(first[name]) == len(second[name])
+        if change and change["rows"] == len(first[name]["rows"]) == len(second[name]["rows"])
     }
 
 
-def _difference(
-    name: str, before: RowValues, after: RowValues, exponential: bool = False
-) -> JsonObject | None:
-    found = intervals.of_difference(before, after, exponential)
+def _difference(name: str, before: RowFigure, after: RowFigure) -> JsonObject | None:
+    found = intervals.of_difference(before, after)
     return None if found is None else {**vars(found), "better": _is_better(name, found)}
 
 
@@ -128,11 +141,11 @@ def _is_better(name: str, change: Interval) -> bool | None:
     return None if lower is None or change.holds_zero else (change.value < 0) is lower
 
 
-def _baseline(after: JsonObject, name: str, rows: RowValues) -> JsonObject | None:
+def _baseline(after: JsonObject, name: str, figure: RowFigure) -> JsonObject | None:
     one = after["baselines"].get(name)
     if one is None:
         return None
-    change = _difference(name, _rows(one["rows"]), rows)
+    change = _difference(name, _row_figure(one["rows"]), figure)
     return {"words": one["words"], "value": one["value"], "change": change}
 
 
@@ -154,15 +167,18 @@ def _change_verdict(figures: JsonObject, best: str) -> list[str]:
 def _baseline_verdict(figures: JsonObject, best: str) -> list[str]:
     """Return a sentence if the model is not better than a baseline.
 
-    It compares the figure ``best``, or, if that has no baseline, the first figure with one."""
+    It compares the figure ``best``, and the first with a baseline that is no loss."""
     names = [name for name in (best, *figures) if (figures.get(name) or {}).get("baseline")]
-    if not names:
-        return []
-    one = figures[names[0]]
-    baseline = one["baseline"]
-    change = baseline.get("change")
-    if not change or change["better"]:
-        return []
-    rule = f"the baseline ({baseline['words']}: {number(baseline['value'])})"
-    word = f"below {rule}" if change["better"] is False else f"not clearly better than {rule}"
-    return [f"{word}: {label(names[0])} is {number(one['value'])}, {change_text(change)} away from it"]
+    chosen = [name for name in names if name == best][:1] + [name for name in names if name != "eval_loss"][
+        :1
+    ]
+    for name in chosen:
+        one = figures[name]
+        baseline = one["baseline"]
+        change = baseline.get("change")
+        if not change or change["better"]:
+            continue
+        rule = f"the baseline ({baseline['words']}: {number(baseline['value'])})"
+        word = f"worse than {rule}" if change["better"] is False else f"not clearly better than {rule}"
+        return [f"{word}: {label(name)} is {number(one['value'])}, {change_text(change)} away from it"]
+    return []

@@ -72,10 +72,7 @@ def measure(
 def measured(objective: Objective, records: Sequence[JsonObject], step: int | None = None) -> JsonObject:
     """Return the facts of an evaluation that ``runs.assessment`` needs, from the evaluation's records."""
     baselines = {name: vars(one) for name, one in objective.baselines(records).items()}
-    exponentials = {"perplexity": "eval_loss"} if "perplexity" in objective.traits.figures else {}
-    return assessment.measured(
-        step, objective.row_figures(records), baselines, objective.remarks(records), exponentials
-    )
+    return assessment.measured(step, objective.row_figures(records), baselines, objective.remarks(records))
 
 
 def records(
