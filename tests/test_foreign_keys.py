@@ -28,6 +28,69 @@ AXOLOTL = {
 }  # fmt: skip
 
 
+TRL_PPO = {
+    "sft_model_path": "m", "reward_model_path": "r", "num_ppo_epochs": 3, "whiten_rewards": False, "init_kl_coef": 0.1,
+    "cliprange": 0.3, "cliprange_value": 0.4, "lam": 0.9, "response_length": 40, "kl_penalty": "mse", "stop_token": "eos",
+    "local_rollout_forward_batch_size": 16, "num_mini_batches": 2, "mini_batch_size": 8, "total_episodes": 1000,
+    "num_sample_generations": 3, "ref_adapter_name": "x", "ds3_gather_for_generation": True, "exp_name": "e",
+}  # fmt: skip
+TRL_GRPO = {
+    "max_completion_length": 64, "beta": 0.04, "num_iterations": 2, "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dr_grpo",
+    "scale_rewards": False, "reward_weights": [1.0], "reward_funcs": "f", "use_vllm": True, "vllm_mode": "colocate",
+    "vllm_gpu_memory_utilization": 0.3, "steps_per_generation": 2, "generation_batch_size": 8, "mask_truncated_completions": True,
+    "log_completions": True, "repetition_penalty": 1.0, "sync_ref_model": False, "delta": 1.5, "kl_coef": 0.04, "rloo_k": 4,
+}  # fmt: skip
+REWARDS = {"rewards": [{"type": "length", "max": 30, "unit": "words"}]}
+
+
+@pytest.mark.parametrize(("kind", "theirs"), [("ppo", TRL_PPO), ("grpo", TRL_GRPO)])
+@pytest.mark.parametrize("nested", [False, True], ids=["above", "in the objective"])
+def test_keys_of_trl_lead_to_those_of_the_same_objective(kind, theirs, nested):
+    """At the top of the recipe, and below ``objective``: every pointer is a key that this objective has."""
+    own = {"type": kind, **REWARDS}
+    theirs = {key: value for key, value in theirs.items() if not nested or key not in ("sft_model_path", "exp_name", "beta")}
+    raw = {"model": "m", "objective": {**own, **theirs}} if nested else {"model": "m", "objective": own, **theirs}
+    lines = [line for line in refused(raw=raw | {"data": SMALL["data"]}).splitlines() if "unknown key" in line]
+    assert len(lines) == len(theirs) and all(HERE.search(line) or "Here it is `" in line for line in lines), lines
+    assert not [line for line in lines if "with `objective.type" in line or "Did you mean" in line], lines
+    typed = [match.groups()[:2] for line in lines if (match := HERE.search(line)) and match[1]]
+    assert len(typed) >= 6
+    built = recipe.parse(SMALL | {"objective": own}, [f"{key}={value}" for key, value in dict(typed).items()])
+    keys = built.objective
+    assert keys.max_new_tokens == (40 if kind == "ppo" else 64) and keys.update_epochs == (3 if kind == "ppo" else 2)
+    if kind == "ppo":
+        assert (keys.clip_range, keys.clip_range_value, keys.kl_coef, keys.gae_lambda) == (0.3, 0.4, 0.1, 0.9)
+        assert keys.kl_estimator == "k2" and keys.rewards[0].path == "r" and (nested or built.samples.count == 3)
+    else:
+        assert (keys.beta if not nested else 0.04, keys.clip_range, keys.clip_range_high, keys.num_generations) == (
+            0.04,
+            0.2,
+            0.28,
+            4,
+        )
+        assert (keys.advantage, keys.loss_aggregation) == ("dr_grpo", "constant")
+
+
+@pytest.mark.parametrize(
+    ("objective", "key", "place"),
+    [
+        ("dpo", "gamma", "objective.simpo_gamma"), ("ppo", "discount", None), ("dpo", "max_completion_length", "objective.overlong"),
+        ("grpo", "max_completion_length", "objective.max_new_tokens"), ("ppo", "objective.beta", "objective.kl_coef"),
+        ("kto", "objective.kl_coef", "objective.beta"), ("classify", "num_ppo_epochs", "objective.update_epochs"),
+        ("grpo", "objective.loss_type", "objective.loss_aggregation"), ("sft", "stage", "objective"),
+    ],
+)  # fmt: skip
+def test_a_key_leads_to_the_one_that_the_objective_has(objective, key, place):
+    rewards = REWARDS if objective in ("ppo", "grpo") else {}
+    message = refused(f"{key}=1", raw=SMALL | {"objective": {"type": objective, **rewards}})
+    if place is None:
+        assert "Here it is" not in message
+    else:
+        assert re.search(rf"Here it is `{place}\b", message), message
+    if (objective, key) == ("classify", "num_ppo_epochs"):
+        assert "with `objective.type: grpo` or `objective.type: ppo`" in message
+
+
 @pytest.mark.parametrize("theirs", [LLAMA_FACTORY, AXOLOTL], ids=["llama-factory", "axolotl"])
 def test_a_recipe_of_another_program_is_translated_key_by_key(theirs):
     """Each unknown key has one line, and all that the lines say to type is a recipe that loads."""
@@ -66,6 +129,8 @@ def test_a_recipe_of_another_program_is_translated_key_by_key(theirs):
         ("train.max_steps=-1", "Leave the key out"),
         ("data.train=a.json", "Type 'data.train=[{path: a.json}]'"),
         ("data.eval=0.1", "Type 'data.eval={fraction: 0.1}'"),
+        ("objective=rloo", "Type 'objective={type: grpo, advantage: rloo}'"),
+        ("stage=ppo", "Here it is `objective=ppo`"),
         ("objective=simpo", "Type 'objective={type: dpo, loss_type: simpo}'"),
         ("adaptation=dora", "Type 'adaptation={type: lora, use_dora: true}'"),
         ("adapter=qlora", "Type adaptation=qlora"),
@@ -103,15 +168,17 @@ def test_other_flags_and_other_verbs_are_left_to_the_parser(words, capsys):
     assert main(words) == 2 and "No such option" in capsys.readouterr().err
 
 
-def test_every_name_is_in_the_table_once_and_is_no_key_of_the_recipe():
-    names = [name for entry in TABLE for name in entry.names.split()]
+def test_every_name_leads_to_a_place_once_and_is_no_key_of_the_recipe():
+    names = [(name, entry.place) for entry in TABLE for name in entry.names.split()]
     assert len(names) == len(set(names)) and not set(ENTRIES) & set(Recipe.model_fields)
 
 
 def test_every_pointer_leads_to_a_key_of_the_recipe():
     for place in {entry.place for entry in TABLE} - {None, "--out", "--resume", "--deepspeed"}:
         part, _, key = place.partition(".")
-        types = {"adaptation": ["full", "features", "qlora"], "objective": ["sft", "dpo", "kto", "classify"]}.get(part, [""])
+        types = {"adaptation": ["full", "features", "qlora"], "objective": ["sft", "dpo", "kto", "classify", "ppo", "grpo"]}.get(
+            part, [""]
+        )
         overrides = [[f"{part}.type={name}"] if name and key else [] for name in types]
         messages = [refused(*given, f"{place}={{no: {{value: 1}}}}") for given in overrides]
         unknown = (f"unknown key `{place}`", f"`{place}` belongs to")

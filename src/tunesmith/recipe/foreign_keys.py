@@ -7,16 +7,20 @@ unknown keys, wrong values and unknown command-line flags.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tunesmith.recipe.foreign_values import (
+    AGGREGATIONS,
     BITS,
     DTYPES,
     INT8,
+    KL_ESTIMATORS,
     LEAVE_OUT,
     METHODS,
     OPTIMIZERS,
     PER_DEVICE,
+    SCALES,
     STAGES,
     Given,
     Translate,
@@ -35,6 +39,7 @@ from tunesmith.recipe.foreign_values import (
     schedule,
     share,
     sources,
+    symmetric,
     unknown,
     warmup,
 )
@@ -97,7 +102,7 @@ TABLE = (
           "attn_implementation attn_impl sdp_attention xformers_attention eager_attention s2_attention shift_attn",
           None, unknown, ATTENTION),
     Entry("use_liger_kernel enable_liger_kernel liger_kernel use_unsloth unsloth_lora_mlp unsloth_lora_qkv "
-          "unsloth_lora_o lora_mlp_kernel lora_qkv_kernel lora_o_kernel cut_cross_entropy",
+          "unsloth_lora_o lora_mlp_kernel lora_qkv_kernel lora_o_kernel cut_cross_entropy use_liger_loss",
           None, unknown, "fused layers are used where a check shows them equal"),
     Entry("use_cache", None, unknown, BY_ITSELF),
     # the method
@@ -128,6 +133,7 @@ TABLE = (
     Entry("pref_loss dpo_loss dpo_loss_type preference_loss", "objective.loss_type", same),
     Entry("dpo_label_smoothing label_smoothing_factor cdpo_label_smoothing rl_label_smoothing",
           "objective.label_smoothing", same),
+    Entry("gamma", "objective.gamma", same),
     Entry("gamma gamma_beta_ratio cpo_simpo_gamma", "objective.simpo_gamma", same),
     Entry("kto_chosen_weight kto_desirable_weight", "objective.desirable_weight", same),
     Entry("kto_rejected_weight kto_undesirable_weight", "objective.undesirable_weight", same),
@@ -139,10 +145,57 @@ TABLE = (
     Entry("roles_to_train train_on_responses_only response_template",
           "objective.train_on", unknown, "completion, assistant or all"),
     Entry("ref_model ref_model_path precompute_ref_log_probs reference_free disable_dropout sync_ref_model "
-          "force_use_ref_model",
+          "force_use_ref_model ref_adapter_name model_adapter_name ref_model_mixup_alpha ref_model_sync_steps",
           None, unknown, "the reference is the model before its first step, computed once"),
+    Entry("max_completion_length response_length completion_length", "objective.max_new_tokens", same),
     Entry("max_prompt_length max_completion_length max_target_length truncation_mode truncation",
           "objective.overlong", unknown, "cuts only what train.max_length does not hold"),
+    # sampled answers: PPO, GRPO, RLOO
+    Entry("beta", "objective.beta", same),
+    Entry("beta kl_coef init_kl_coef", "objective.kl_coef", same),
+    Entry("kl_coef init_kl_coef", "objective.beta", same),
+    Entry("kl_penalty", "objective.kl_estimator", one_of(KL_ESTIMATORS)),
+    Entry("adap_kl_ctrl", "objective.target_kl", unknown, "a KL in nats; with it kl_coef is adapted"),
+    Entry("ppo_target", "objective.target_kl", same),
+    Entry("num_ppo_epochs ppo_epochs num_iterations mu", "objective.update_epochs", same),
+    Entry("cliprange epsilon clip_epsilon clip_param eps_clip", "objective.clip_range", same),
+    Entry("epsilon_high clip_range_max", "objective.clip_range_high", same),
+    Entry("cliprange_value value_clip", "objective.clip_range_value", same),
+    Entry("lam gae_lam", "objective.gae_lambda", same),
+    Entry("value_loss_coef vf_loss_coef", "objective.vf_coef", same),
+    Entry("normalize_advantages", "objective.whiten_advantages", same),
+    Entry("scale_rewards normalize_advantages", "objective.advantage", one_of(SCALES), "grpo, rloo or dr_grpo"),
+    Entry("loss_type", "objective.loss_aggregation", one_of(AGGREGATIONS), "token, sequence or constant"),
+    Entry("loss_type", "objective.loss_type", same),
+    Entry("whiten_rewards ppo_whiten_rewards normalize_reward ppo_score_norm use_score_scaling use_score_norm",
+          "objective.reward_normalization", if_true("mean_std")),
+    Entry("reward_clip_range", "objective.reward_clip", symmetric, "one limit for both directions"),
+    Entry("reward_model reward_model_path reward_model_name_or_path", "objective.rewards",
+          lambda value, given: [{"type": "model", "path": value}] if isinstance(value, str) else None),
+    Entry("reward_funcs reward_fn reward_functions reward_processing_classes", "objective.rewards", unknown,
+          "a list such as [{type: length, max: 30, unit: words}, {type: model, path: FOLDER}]"),
+    Entry("reward_weights", "objective.rewards", unknown, "each reward of the list has its own weight"),
+    Entry("rloo_k num_return_sequences num_samples_per_prompt group_size", "objective.num_generations", same),
+    Entry("generation_batch_size steps_per_generation num_mini_batches ppo_buffer_size", "objective.rollout_batch_size",
+          unknown, "prompts of an iteration, whose answers are divided into steps of train.batch_size answers"),
+    Entry("mini_batch_size local_mini_batch_size", "train.batch_size", unknown, "answers of one optimiser step"),
+    Entry("local_rollout_forward_batch_size", "train.micro_batch_tokens", unknown, "bounds the memory of every forward pass"),
+    Entry("total_episodes num_total_batches", "train.max_steps", unknown,
+          "optimiser steps; an episode is an answer, and a step has train.batch_size of them"),
+    Entry("sft_model_path policy_model", "model", same),
+    Entry("num_sample_generations num_completions_to_print", "samples.count", same),
+    Entry("log_completions wandb_log_unique_prompts", None, unknown, "samples.jsonl and the report show answers"),
+    Entry("use_vllm vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_guided_decoding_regex vllm_server_base_url "
+          "vllm_server_host vllm_server_port vllm_server_timeout vllm_gpu_memory_utilization vllm_tensor_parallel_size "
+          "vllm_device vllm_dtype vllm_max_model_len vllm_enable_prefix_caching vllm_importance_sampling_correction "
+          "vllm_importance_sampling_cap gpu_memory_utilization use_transformers_paged cache_implementation "
+          "ds3_gather_for_generation",
+          None, unknown, "answers are sampled by an engine in the same process, with the weights of the step"),
+    Entry("generation_kwargs top_k min_p repetition_penalty do_sample", None, unknown,
+          "answers are those of the policy itself: objective.temperature and objective.top_p are all that changes them"),
+    Entry("stop_token stop_token_id", None, unknown, "an answer ends with the token that closes a turn of the template"),
+    Entry("mask_truncated_completions delta importance_sampling_level top_entropy_quantile token_level_kl",
+          None, unknown, "there is no such variant; objective.clip_range bounds the change of each token"),
     # the rows
     Entry("dataset datasets dataset_name dataset_path train_file train_data train_dataset training_data data_path "
           "data_files dataset_name_or_path train_files train_path",
@@ -221,7 +274,7 @@ TABLE = (
           "train.early_stopping_patience", lambda value, given: value if is_count(value) else None),
     Entry("tracker trackers log_with logger", "train.report_to", reporters),
     Entry("use_wandb", "train.report_to", if_true(["wandb"])),
-    Entry("wandb_project wandb_entity wandb_name wandb_run_name wandb_watch wandb_log_model run_name project "
+    Entry("exp_name wandb_project wandb_entity wandb_name wandb_run_name wandb_watch wandb_log_model run_name project "
           "logging_dir mlflow_experiment_name",
           None, unknown,
           "a run is called after its folder (--out); trackers read their own environment variables, such as WANDB_PROJECT"),
@@ -242,12 +295,20 @@ TABLE = (
 )  # fmt: skip
 """All entries, in the order of a recipe's keys."""
 
-ENTRIES = {name.replace("-", "_"): entry for entry in TABLE for name in entry.names.split()}
+ENTRIES: dict[str, list[Entry]] = {}
+"""The entries of each name: several where its place depends on the objective."""
+for _entry in TABLE:
+    for _name in _entry.names.split():
+        ENTRIES.setdefault(_name.replace("-", "_"), []).append(_entry)
 
 
-def find(name: str, value: object, given: Given) -> Pointer | None:
-    """Return the translation of another program's key ``name`` with ``value``; None = the key is unknown."""
-    entry = ENTRIES.get(name.strip().lower().replace("-", "_"))
-    if entry is None:
+def find(name: str, value: object, given: Given, is_here: Callable[[str], bool]) -> Pointer | None:
+    """Return the translation of another program's key ``name`` with ``value``; None = the key is unknown.
+
+    ``is_here``: whether the recipe, with its objective and adaptation, has a key. Of several translations the
+    first to such a key is returned."""
+    entries = ENTRIES.get(name.strip().lower().replace("-", "_"))
+    if entries is None:
         return None
+    entry = next((one for one in entries if one.place and is_here(one.place)), entries[0])
     return Pointer(entry.place, entry.translate(value, given), entry.note)

@@ -54,6 +54,12 @@ def is_count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
+def symmetric(value: object, given: Given) -> object:
+    """Translate ``[-10, 10]`` to 10; limits of other sizes to nothing."""
+    low, high = value if isinstance(value, list | tuple) and len(value) == 2 else (None, None)
+    return high if isinstance(high, int | float) and low == -high else None
+
+
 def sources(value: object, given: Given) -> object:
     """Translate ``x.json`` and Axolotl's ``[{path: x.json, type: alpaca}]`` to ``[{path: x.json}]``."""
     listed = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else []
@@ -118,8 +124,14 @@ STAGES: Mapping[object, object] = {
     "rm": "reward", "reward_model": "reward", "reward_modeling": "reward", "rlhf_dpo": "dpo", "bradley_terry": "reward",
     "sequence_classification": "classify", "text-classification": "classify", "seq_cls": "classify",
     "token-classification": "tag", "ner": "tag", "question-answering": "qa", "squad": "qa",
-    **{name: name for name in ("sft", "cpt", "dpo", "kto", "reward")},
+    **{name: name for name in ("sft", "cpt", "dpo", "kto", "reward", "ppo", "grpo")},
+    "rloo": {"type": "grpo", "advantage": "rloo"}, "dr_grpo": {"type": "grpo", "advantage": "dr_grpo"},
     **{loss: {"type": "dpo", "loss_type": loss} for loss in ("orpo", "simpo", "ipo")},
+}  # fmt: skip
+KL_ESTIMATORS: Mapping[object, object] = {"kl": "k1", "mse": "k2"}
+SCALES: Mapping[object, object] = {True: "grpo", "group": "grpo", False: "dr_grpo", "none": "dr_grpo"}
+AGGREGATIONS: Mapping[object, object] = {
+    "grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "constant"
 }  # fmt: skip
 INT8 = {"type": "qlora", "quant_type": "int8"}
 BITS: Mapping[object, object] = {

@@ -156,7 +156,7 @@ def flag_advice(flag: str, value: str | None) -> str | None:
         parsed = value
     *_, last = name.split(".")
     places = [place for place in _places(last) if place.endswith(name)]
-    if pointer := None if places else foreign_keys.find(last, parsed, {last: parsed}):
+    if pointer := None if places else foreign_keys.find(last, parsed, {last: parsed}, lambda place: False):
         as_override = recipe_text.Text(flag, None, (f"{flag}=",))
         return f"{flag}: no such option. {_explain_foreign(pointer, (flag,), as_override)}"
     if not places:
@@ -280,7 +280,7 @@ def _explain_unknown(
     For a key of another program it suggests the translation; for a key of another ``type``, that type."""
     path = error["loc"]
     name, valid = str(path[-1]), _names_of(_models_at(model, path[:-1])[0])
-    pointer = foreign_keys.find(name, error["input"], text.given)
+    pointer = foreign_keys.find(name, error["input"], text.given, lambda place: _is_here(text.given, place))
     if pointer and name.removesuffix("s") not in valid:  # `betas` next to `beta` is a slip
         return f"unknown key `{key}`. {_explain_foreign(pointer, (*prefix, *path), text)}"
     if prefix and len(path) == 1:
@@ -298,15 +298,18 @@ def _explain_foreign(pointer: foreign_keys.Pointer, path: Sequence[str | int], t
     if place.startswith("--"):
         typed = place if value in (None, True) else f"{place} {shlex.quote(str(value))}"
         return f"Here it is `{typed}`{note}"
+    if not _is_here(text.given, place):
+        note = f" with {_owners(*place.split('.', 1))}{note}"
+    return f"Here it is `{place if value is None else text.setting(path, place, value)}`{note}"
+
+
+def _is_here(given: foreign_values.Given, place: str) -> bool:
+    """Return False for a key that another objective or adaptation has, and not the recipe's."""
     part, _, rest = place.partition(".")
-    chosen = text.given.get(
-        part, {"objective": DEFAULT_OBJECTIVE, "adaptation": DEFAULT_ADAPTATION}.get(part)
-    )
+    chosen = given.get(part, {"objective": DEFAULT_OBJECTIVE, "adaptation": DEFAULT_ADAPTATION}.get(part))
     chosen = chosen.get("type") if isinstance(chosen, dict) else chosen
     keys = _configs(part).get(str(chosen)) if rest and part in PARTS else None
-    if keys is not None and rest not in keys.model_fields:
-        note = f" with {_owners(part, rest)}{note}"
-    return f"Here it is `{place if value is None else text.setting(path, place, value)}`{note}"
+    return keys is None or rest in keys.model_fields
 
 
 def _owners(part: str, key: str) -> str:
