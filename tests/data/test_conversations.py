@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.data.zoo import ZOO
 from tests.tiny import tiny_tokenizer
-from tunesmith.data.encode.conversations import encode, find_omitted_text, prompt_ids, stop_ids
+from tunesmith.data.encode.conversations import encode, find_omitted_text, prompt_ids, render_prompt, stop_ids
+from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import TEMPLATES, Renderer, apply_template, special_tokens
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Text
@@ -144,7 +145,7 @@ def test_tools_that_the_template_omits_are_reported():
     row = Chat(({"role": "user", "content": "1+1?"}, CALL, {"role": "assistant", "content": "2"}), (tool,))
     plain = tiny_tokenizer(template="chatml")
     plain.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    assert find_omitted_text(row, Renderer(plain)) == ["messages[1].tool_calls[0]: add", "tools: all 1 of them"]
+    assert find_omitted_text(row, Renderer(plain)) == ["tools: all 1 of them"]
     assert find_omitted_text(row, Renderer(TOKENIZERS["qwen3"])) == []
 
 
@@ -161,7 +162,55 @@ def test_a_call_that_the_template_omits_is_not_trained_as_an_answer_without_it(c
         with pytest.raises(RowFault, match="template that renders tool calls") as caught:
             encode([Text("fine"), row], tiny_tokenizer(template))
         assert caught.value.index == 1 and "data.template=chatml" in caught.value.fix
-    assert find_omitted_text(row, Renderer(tiny_tokenizer("chatml"))) == ["messages[1].tool_calls[0]: weather"]
+
+
+PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+NAMES_ONLY = PLAIN.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}")
+LAST_ONLY = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% if loop.last %}{{ (m.tool_calls or []) | tojson }}{% endif %}<|im_end|>
+{% endfor %}"""
+
+
+def with_call(weight=None, name="weather"):
+    """A conversation whose second turn is a call; the tool's answer and the last answer follow."""
+    function = {"name": name, "arguments": {"city": "Oslo", "days": 2}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    turns = ({"role": "user", "content": "weather in Oslo, 2 days?"}, call | ({} if weight is None else {"weight": weight}))
+    return (*turns, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "It rains."})
+
+
+@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
+@pytest.mark.parametrize(
+    ("template", "omitted"), [(PLAIN, "weather"), (NAMES_ONLY, "the argument 'city' of weather"), (LAST_ONLY, "weather")]
+)
+def test_a_call_that_the_template_omits_from_the_context_is_refused(template, omitted, train_on):
+    """The model would read the answer of a tool that nobody called: in training, and in generation."""
+    tokenizer, renderer = tiny_tokenizer(template), Renderer(tiny_tokenizer(template))
+    for weight in (0,) if train_on == "assistant" else (None, 0):
+        row = Chat(with_call(weight))
+        with pytest.raises(RowFault, match="template that renders tool calls") as caught:
+            encode([Text("fine"), row], tokenizer, train_on=train_on)
+        assert caught.value.index == 1 and caught.value.got.startswith(f"messages[1].tool_calls[0]: {omitted}")
+    with pytest.raises(SpanError, match="renders tool calls"):
+        render_prompt(Chat(row.messages[:3]), renderer)
+
+
+def test_calls_of_the_context_are_checked_by_one_rendering(monkeypatch):
+    """Whatever their number: a template that writes them is not asked about each."""
+    from tunesmith.data.encode import spans
+
+    monkeypatch.setattr(spans, "omitted_calls", lambda *given: pytest.fail("a call was tried alone"))
+    rows = [Chat(with_call()), Chat(with_call() + with_call(name="<odd> & name"))]
+    assert len(encode(rows, TOKENIZERS["qwen3"])) == 2
+
+
+def test_a_template_that_knows_functions_by_name_keeps_their_calls():
+    """It writes nothing for the names that the check puts in their place."""
+    known = "{% for c in m.tool_calls or [] if c.function.name == 'weather' %}{{ c.function.arguments | tojson }}{% endfor %}"
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content }}" + known)
+    assert len(encode([Chat(with_call())], tiny_tokenizer(template))) == 1
+    with pytest.raises(RowFault, match="renders tool calls"):
+        encode([Chat(with_call(name="other"))], tiny_tokenizer(template))
 
 
 @pytest.mark.parametrize(

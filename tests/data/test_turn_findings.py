@@ -73,3 +73,30 @@ def test_check_shows_them_and_a_recipe_chooses(rows, model, policy):
     read = "plain text" if policy == "text" else "the token"
     assert lines[0] == f"f: 1 row has the turn token <|im_end|> typed in a message, read as {read} (2 times): row 1"
     assert len(lines) == 4
+
+
+CALLED = [
+    {"role": "user", "content": "weather in Oslo?"},
+    {"role": "assistant", "content": "", "weight": 0, "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]},
+    {"role": "tool", "content": "rain"},
+]
+
+
+def test_every_verb_refuses_a_call_of_the_history_that_the_template_leaves_out(model, tmp_path, capsys):
+    """It is not trained on, and still the model would read an answer to nothing."""
+    rows = [chat("x", "Fine."), {"messages": [*CALLED, {"role": "assistant", "content": "It rains."}]}]
+    file, asked, recipe = tmp_path / "rows.jsonl", tmp_path / "asked.jsonl", tmp_path / "recipe.yaml"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked.write_text("".join(json.dumps({"messages": row["messages"][:-1]}) + "\n" for row in rows))
+    data = {"train": [{"path": str(file)}], "eval": {"fraction": 0}, "cache": False}
+    recipe.write_text(json.dumps({"model": str(model), "objective": "sft", "data": data}))
+    out = ["--out", str(tmp_path / "out")]
+    for words in (
+        ["data", "lint", str(recipe), "--model", str(model)], ["data", "preview", str(recipe)], ["check", str(recipe)],
+        ["train", str(recipe), *out], ["generate", str(model), "--data", str(asked), *out],
+    ):  # fmt: skip
+        assert main(words) == 2, words
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert "messages[1].tool_calls[0]: weather, which the template leaves out" in said, words
+        assert "template with tools" in said, words
+    assert not (tmp_path / "out").exists()

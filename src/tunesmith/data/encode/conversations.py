@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, cast
@@ -23,9 +24,9 @@ from tunesmith.data.encode.spans import (
     Span,
     SpanError,
     assistant_turns,
+    check_context_calls,
     check_rendered,
     find_span,
-    omitted_calls,
 )
 from tunesmith.data.encode.templates import PROBE, RENDER_ERRORS, Renderer, end_id, special_tokens
 from tunesmith.data.encode.texts import call_tokenizer
@@ -94,6 +95,7 @@ def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
     spans = tuple(find_span(renderer, row, full, turn) for turn in wanted)
     for turn, span in zip(wanted, spans):
         check_rendered(renderer, row, full, turn, span)
+    check_context_calls(renderer, row, full, wanted)
     # Where the template does not close a final answer, the end token does.
     after = _end(renderer) if wanted[-1] == len(row.messages) - 1 and not spans[-1].stopped else ()
     if train_on == "all":
@@ -278,6 +280,9 @@ def render_prompt(
         messages.insert(0, {"role": "system", "content": system})
     row = Chat(tuple(messages), tuple(prompt.tools if isinstance(prompt, Chat) else ()))
     text = renderer(row.messages, row.tools, prompt=True)
+    if any(message.get("tool_calls") for message in messages):
+        with suppress(*RENDER_ERRORS):  # a template may refuse a conversation that ends with the user's turn
+            check_context_calls(renderer, row, renderer(row.messages, row.tools))
     return Rendered(text, (), typed=turn_tokens.typed_places(renderer, row, text, prompt=True))
 
 
@@ -295,7 +300,8 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def find_omitted_text(row: Chat, renderer: Renderer) -> list[str]:
     """Text of the row that its rendering lacks: ``messages[1].content: 'the first words ...'``.
 
-    Templates that strip the reasoning of earlier turns, or cannot render a system turn or tools, omit text.
+    Templates that strip the reasoning of earlier turns, or cannot render a system turn or tools, omit text. A
+    row whose calls would be omitted is refused.
     """
     rendered = renderer(row.messages, row.tools)
     dense = "".join(rendered.split())  # a template may change the white space of reasoning
@@ -305,7 +311,6 @@ def find_omitted_text(row: Chat, renderer: Renderer) -> list[str]:
             text = str(message.get(field) or "").strip()
             if "".join(text.split()) not in dense:
                 missing.append(f"messages[{index}].{field}: {text[:60]!r}")
-        missing += [f"messages[{index}].{what}" for what in omitted_calls(renderer, row, rendered, index)]
     try:
         without_tools = renderer(row.messages, ()) if row.tools else None
     except RENDER_ERRORS:  # the template requires tools, so it reads them

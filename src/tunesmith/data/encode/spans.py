@@ -20,6 +20,10 @@ END = 1 << 62  # an end after the end of any text
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark a turn's content in a second rendering
 
 
+MARK = "qzMark"
+"""Begins the names in a rendering that shows which calls a template writes; in ASCII, which no JSON escapes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Characters ``start`` to ``end`` of the rendered text. ``stopped``: a special token ends them."""
@@ -83,12 +87,57 @@ def check_rendered(render: Renderer, row: Chat, full: str, turn: int, span: Span
         core = str(message.get("content") or "").strip()
         beyond = text.replace(core, "", 1) if core else text
         if missing := omitted_calls(render, row, full, turn, beyond):
-            fix = "Use a template with tools (data.template=chatml, --template chatml), or delete the row."
-            got = f"messages[{turn}].{missing[0]}, which the template leaves out"
-            raise SpanError("a template that renders tool calls", got, fix)
+            raise _omitted_call(turn, missing[0])
     elif message.get("reasoning_content") and not _pattern(render.specials).sub("", text).strip():
         got = f"messages[{turn}].reasoning_content alone, which the template leaves out"
         raise SpanError("an answer that the template renders", got, "Add the answer, or delete the row.")
+
+
+def check_context_calls(render: Renderer, row: Chat, full: str, supervised: Sequence[int] = ()) -> None:
+    """Raise SpanError if the template leaves out a call of a turn that is not ``supervised``.
+
+    The model would read the answer of a tool that nobody called. One rendering, in which every call has
+    another name and other arguments, shows all calls that are rendered; the others are then tried one by one.
+    """
+    turns = [
+        turn
+        for turn, message in enumerate(row.messages)
+        if message.get("tool_calls") and turn not in supervised
+    ]
+    if not turns:
+        return
+    changed, marks = list(row.messages), dict[int, list[str]]()
+    for turn in turns:
+        changed[turn], marks[turn] = _with_marked_calls(row.messages[turn], turn)
+    try:
+        text = render(changed, row.tools)
+    except RENDER_ERRORS:
+        text = ""
+    for turn in turns:
+        if not all(mark in text for mark in marks[turn]) and (
+            missing := omitted_calls(render, row, full, turn)
+        ):
+            raise _omitted_call(turn, missing[0])
+
+
+def _with_marked_calls(message: Message, turn: int) -> tuple[Message, list[str]]:
+    """Return the turn with a mark in place of each name of a function and of an argument, and the marks."""
+    calls, marks = [], []
+    for index, call in enumerate(message["tool_calls"]):
+        keys = {
+            key: f"{MARK}{turn}a{index}x{place}z" for place, key in enumerate(call["function"]["arguments"])
+        }
+        name = f"{MARK}{turn}n{index}z"
+        arguments = {keys[key]: value for key, value in call["function"]["arguments"].items()}
+        calls.append({**call, "function": {**call["function"], "name": name, "arguments": arguments}})
+        marks += [name, *keys.values()]
+    return {**message, "tool_calls": calls}, marks
+
+
+def _omitted_call(turn: int, missing: str) -> SpanError:
+    fix = "Use a template with tools (data.template=chatml, --template chatml), or delete the row."
+    got = f"messages[{turn}].{missing}, which the template leaves out"
+    return SpanError("a template that renders tool calls", got, fix)
 
 
 def omitted_calls(render: Renderer, row: Chat, full: str, turn: int, text: str = "") -> list[str]:
