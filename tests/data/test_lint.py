@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from tests.data.broken_files import BROKEN, GOOD, lines
 from tests.data.zoo import ZOO
+from tests.runs import recipe
+from tests.tiny import tiny_tokenizer
+from tunesmith.cli.main import main
 from tunesmith.data.check.lint import lint
 from tunesmith.data.data_config import Source
 
@@ -129,3 +133,37 @@ def test_lint_of_a_recipe_and_of_an_encoder(tmp_path, capsys):
     path = write(tmp_path, "rows.jsonl", lines({"text": "t", "label": "x"}))
     assert main(["data", "lint", path, "--model", str(encoder)]) == 0
     assert "no row is rendered" in capsys.readouterr().out
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]}
+VANISHES = {"messages": [{"role": "user", "content": "x"}, CALL]}
+TURNS = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+NO_ANSWER = {"messages": [{"role": "user", "content": "x"}]}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+DAMAGED = {  # objective, rows, number of the first bad one
+    "the template refuses first": ("sft", [TURNS] * 3 + [VANISHES, NO_ANSWER, VANISHES] + [TURNS] * 200, 4),
+    "reading refuses first": ("sft", [TURNS, NO_ANSWER, VANISHES, NO_ANSWER], 2),
+    "after the first batch": ("sft", [TURNS] * 300 + [VANISHES] + [TURNS] * 300 + [NO_ANSWER], 301),
+    "pairs": ("dpo", [PAIR, PAIR | {"rejected": "b"}, PAIR | {"prompt": 3}], 2),
+    "labels": (
+        "classify",
+        [{"text": "a", "label": "x"}, {"text": "", "label": "y"}, {"text": "b"}, {"text": "c", "label": "y"}],
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_lint_check_and_train_name_the_same_row_first(name, tmp_path, capsys):
+    """The first bad row of the file, whether reading or the template refuses it, and whatever else is wrong later."""
+    objective, rows, first = DAMAGED[name]
+    made = recipe(tmp_path, "bert" if objective == "classify" else "llama", objective)
+    if objective == "sft":
+        tiny_tokenizer("chatml").save_pretrained(made["model"])
+    (tmp_path / "rows.jsonl").write_bytes(lines(*rows))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made))
+    file = str(tmp_path / "recipe.yaml")
+    for words in (["data", "lint", file], ["check", file], ["train", file, "--out", str(tmp_path / "run")]):
+        assert main(words) == 2
+        said = "".join(capsys.readouterr())
+        assert re.search(r"rows\.jsonl:(\d+):", said)[1] == str(first), (words, said)

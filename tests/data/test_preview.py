@@ -61,6 +61,7 @@ def test_preview_for_people(rows, model, capsys):
     assert main(["data", "preview", str(rows), "--model", str(model)]) == 0
     out = capsys.readouterr().out
     assert "tokens supervised" in out and "답변" in out and "rows.json:2:output" in out
+    assert "order: that of the file; training draws another one" in out
 
 
 def test_preview_of_a_recipe(rows, model, tmp_path, capsys):

@@ -327,9 +327,11 @@ def _open_target(
 
 
 def _preview_lines(shown: list[Preview]) -> list[RenderableType]:
+    from tunesmith.data.check import preview as previews
+
     lines: list[RenderableType] = []
     for item in shown:
-        lines.append(f"{item.path}: {item.format}\ntemplate: {item.template}")
+        lines.append(f"{item.path}: {item.format}\ntemplate: {item.template}\norder: {previews.ORDER}")
         for row in item.rows:
             lines += [f"--- {row.head()}", row.styled_text()]
         lines += [f"bad row: {problem}" for problem in item.problems]

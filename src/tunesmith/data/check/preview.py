@@ -33,6 +33,9 @@ SUPERVISED, CONTEXT = "bold green underline", "dim"
 
 UNKNOWN = "nothing known"
 
+ORDER = "that of the file; training draws another one from the seed, unless train.shuffle is false"
+"""The order of the rows shown, in words."""
+
 Piece = tuple[str, bool]
 """A stretch of text, and whether it is supervised."""
 
