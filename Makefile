@@ -11,10 +11,10 @@ demo: .venv/.installed-demo  ## pull a small model, tune it for at most three mi
 	$(BIN)/tunesmith models pull smollm2-135m
 	$(BIN)/tunesmith train recipes/demo.yaml --out $(RUN)
 
-test: .venv/.installed-dev  ## the whole suite; ARGS="tests/cli -x" runs a part
+test: .venv/.installed-dev  ## every test but the `long` ones, so every pair of the support table; ARGS="tests/cli -x" runs a part
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20 $(ARGS)
 
-long: .venv/.installed-dev  ## the tests of many minutes that `make test` leaves out; ARGS="tests/models" runs a part
+long: .venv/.installed-dev  ## what `make test` leaves out: the other cells of the support table, and tests of minutes; ARGS="tests/matrix" runs a part
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long $(ARGS)
 
 planted: .venv/.installed-dev  ## plant faults in a copy of the source, one by one, and show which test catches each

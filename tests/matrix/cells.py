@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,26 @@ def why_not(cell: Cell) -> str | None:
 EVERY = [Cell(*names) for names in product(ARCHITECTURES, OBJECTIVES, ADAPTATIONS)]
 CELLS = [cell for cell in EVERY if why_not(cell) is None]
 REFUSED = [cell for cell in EVERY if why_not(cell) is not None]
+
+
+def pairs(cell: Cell) -> set[tuple[str, str]]:
+    """Every two names of a cell."""
+    return set(combinations((cell.architecture, cell.objective, cell.adaptation), 2))
+
+
+def cover(cells: Sequence[Cell]) -> list[Cell]:
+    """Return a few of ``cells`` that together have every pair of all of them: the cell with most new pairs first."""
+    missing = set().union(*map(pairs, cells))
+    chosen = []
+    while missing:
+        best = max(cells, key=lambda cell: len(pairs(cell) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+SHORT = frozenset(cover(CELLS))
+"""The cells that `make test` runs. `make long` runs the others."""
 
 
 @dataclass(frozen=True)

@@ -23,20 +23,28 @@ from tests.matrix.cells import (
     OBJECTIVES,
     ON_ITS_BASE,
     REFUSED,
+    SHORT,
     STEPS,
     TRAINS,
     Cell,
     logits,
     of,
+    pairs,
     run,
     trains,
     why_not,
 )
 from tests.runs import killed_before, model_folder
+from tests.shortened import shortened
 from tests.tiny import TINY
 from tunesmith import adaptations, objectives
 from tunesmith.errors import UserError
 from tunesmith.train import setup
+
+
+def resumes(cell):
+    """Whether the test of a cell also kills and resumes its run; every objective resumes in ``test_every_objective``."""
+    return cell.objective == "sft" and cell.architecture in TINY
 
 
 def files(folder):
@@ -83,11 +91,10 @@ def fresh():
     assert started.process.wait() == 0
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("cell", shortened(CELLS, SHORT), ids=str)
 def test_cell(cell, tmp_path, fresh):
     untouched = files(model_folder(tmp_path, cell.architecture))
-    resumed = cell.objective == "sft" and cell.architecture in TINY
-    ran = run(cell, tmp_path, **({"save_steps": 1} if resumed else {}))
+    ran = run(cell, tmp_path, **({"save_steps": 1} if resumes(cell) else {}))
 
     assert len(ran.losses) == STEPS and all(math.isfinite(loss) for loss in ran.losses)
     assert ran.trained == {name for name in ran.names if trains(cell, name)} != set()
@@ -113,7 +120,7 @@ def test_cell(cell, tmp_path, fresh):
             tunesmith.merge(ran.model, tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
 
-    if resumed:
+    if resumes(cell):
         killed_before(2, ran.made, tmp_path / "killed")
         tunesmith.train(ran.made, out=tmp_path / "killed", resume=True)
         ours, theirs = (
@@ -129,6 +136,20 @@ def test_what_makes_no_sense_is_refused_before_weights_load(cell, tmp_path, monk
     monkeypatch.setattr(setup, "build", lambda *arguments: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=why_not(cell)):
         tunesmith.train(of(cell, tmp_path), out=tmp_path / "run")
+
+
+def test_make_test_runs_every_pair():
+    """Every objective with every adaptation, every adaptation on every architecture, every objective on every architecture."""
+    assert set().union(*map(pairs, SHORT)) == set().union(*map(pairs, CELLS))
+    assert len(SHORT) < len(CELLS) / 4
+
+
+def test_make_test_runs_every_kind_of_cell():
+    """Batches of both kinds, adapters that merge and that do not, and a resume with every adaptation and on every decoder."""
+    shown = table.parse(table.shown())
+    assert {(cell.adaptation, shown[cell]) for cell in SHORT} == {(cell.adaptation, shown[cell]) for cell in CELLS}
+    assert {(cell.objective, shown[cell]) for cell in SHORT} == {(cell.objective, shown[cell]) for cell in CELLS}
+    assert {name for cell in SHORT if resumes(cell) for name in (cell.architecture, cell.adaptation)} == {*TINY, *ADAPTATIONS}
 
 
 def test_the_table_has_every_cell():
