@@ -6,7 +6,9 @@
 SmolLM2-135M continues prompts of ``$TUNESMITH_SHARED/data/alpaca_en_demo.json`` greedily, 48 tokens each, none stopping sooner.
 transformers loads the model itself, as its users do, pads on the left and runs with its dynamic and with its static cache (not compiled); the better
 one counts. A run of
-one new token is prefill; decoding is a run of 49 tokens less that. Each figure is the best of ``--repeats``. Cases: rows at once;
+one new token is prefill; decoding is a run of 49 tokens less that. Each figure is the best of ``--repeats``. ``share_of_bandwidth`` is that of reading every weight once a step,
+``share_of_matmul`` that of multiplying by it. AVX2 is emulated with ``ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2``
+and ``--precision fp32``. Cases: rows at once;
 ``samples``: 8 answers to one prompt of 400 tokens, in one engine with a shared prefill and as 8 prompts of their own;
 ``queue``: 256 prompts with 8 to 400 new tokens in 32 slots, next to transformers' batches of 32 in the order of length.
 """
@@ -25,6 +27,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import rates
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -44,6 +47,7 @@ class Pair:
     """The model by the engine and by transformers."""
 
     def __init__(self, dtype: torch.dtype) -> None:
+        self.rates = {"matmul_flops": rates.matmul_flops(dtype), "read_bytes_per_second": rates.read_bandwidth()}
         self.model, self.tokenizer = tunesmith.load("smollm2-135m", dtype=dtype)
         cast_and_move(self.model, "fp32" if dtype is torch.float32 else "bf16", torch.device("cpu"))
         self.stock = AutoModelForCausalLM.from_pretrained(locate("smollm2-135m").network, dtype=dtype).eval()
@@ -62,7 +66,16 @@ class Pair:
         engine.timing.prefill_seconds = engine.timing.decode_seconds = 0.0
         for _ in engine.run(requests):
             pass
+        self.bytes_per_weight = 2 if engine.slots._pass.packed_step.panels else self.model.dtype.itemsize
         return engine.timing.prefill_seconds, engine.timing.decode_seconds
+
+    def shares(self, rows: int, seconds: float) -> dict[str, float]:
+        """Return the share of the machine's rates that one decoding step of ``seconds`` reaches."""
+        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        return {
+            "share_of_bandwidth": round(weights * self.bytes_per_weight / seconds / self.rates["read_bytes_per_second"], 2),
+            "share_of_matmul": round(2 * rows * weights / seconds / self.rates["matmul_flops"], 2),
+        }
 
     def transformers(self, prompts: Sequence[Sequence[int]], tokens: int, cache: str) -> float:
         """Return the seconds of ``generate`` on one left-padded batch."""
@@ -111,6 +124,7 @@ def rows_at_once(pair: Pair, rows: int, repeats: int) -> dict[str, Any]:
         "decode_ratio": round(decoded / TOKENS * (TOKENS - 1) / decode, 2),
         "prefill_tokens_per_second": round(sum(map(len, prompts)) / prefill, 1),
         "prefill_ratio": round(min(first for first, _ in best.values()) / prefill, 2),
+        **pair.shares(rows, decode / (TOKENS - 1)),
     }
 
 
@@ -154,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
     pair = Pair(torch.float32 if options.precision == "fp32" else torch.bfloat16)
-    result: dict[str, Any] = {"precision": options.precision, "machine": machine.describe(), "cases": []}
+    result: dict[str, Any] = {"precision": options.precision, "machine": machine.describe(), "rates": pair.rates, "cases": []}
     for rows in options.rows:
         result["cases"].append(rows_at_once(pair, rows, options.repeats))
         print(json.dumps(result["cases"][-1]), file=sys.stderr, flush=True)

@@ -26,6 +26,8 @@ ISA_FLAGS = (
     *("asimd", "asimdhp", "bf16", "i8mm", "sve"),
 )
 """Instruction sets that decide how fast low-precision matrix multiplication is."""
+ABOVE_AVX2 = ("avx512", "amx")
+"""How the names of the sets begin that ATEN_CPU_CAPABILITY=avx2 turns off."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tunesmith")
 
 
@@ -33,21 +35,47 @@ def describe() -> JsonObject:
     """Return what figures of a run depend on, as plain JSON values.
 
     Keys: ``cpu`` (model name), ``cores`` (this process may use), ``threads`` (of torch), ``isa`` (list, see
-    ISA_FLAGS), ``memory_bytes`` (of the machine, or its cgroup's limit), ``gpu`` (list of {name,
-    memory_bytes}), ``os``, ``python``, ``versions`` ({package: version, null when it is not installed}).
+    ``instruction_sets``), ``class`` (see ``processor_class``), ``memory_bytes`` (of the machine, or its cgroup's
+    limit), ``gpu`` (list of {name, memory_bytes}), ``os``, ``python``, ``versions`` ({package: version, null when
+    it is not installed}).
     """
-    cpu, flags = _cpu()
+    cpu, _ = _cpu()
     return {
         "cpu": cpu,
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "isa": [flag for flag in ISA_FLAGS if flag in flags],
+        "isa": instruction_sets(),
+        "class": processor_class(),
         "memory_bytes": _total_memory(),
         "gpu": _gpus(),
         "os": platform.platform(aliased=True, terse=False),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def instruction_sets() -> list[str]:
+    """Return those of ISA_FLAGS that this process may use: those of the processor, unless it emulates AVX2."""
+    found = [flag for flag in ISA_FLAGS if flag in _cpu()[1]]
+    return [flag for flag in found if not flag.startswith(ABOVE_AVX2)] if emulates_avx2() else found
+
+
+def emulates_avx2() -> bool:
+    """Return whether torch was told to leave the newer half of this processor unused (ATEN_CPU_CAPABILITY=avx2).
+
+    tunesmith's own kernels and its choice of a precision follow. oneDNN and MKL have variables of their own:
+    ONEDNN_MAX_CPU_ISA=AVX2 and MKL_ENABLE_INSTRUCTIONS=AVX2.
+    """
+    has_more = any(flag.startswith(ABOVE_AVX2) for flag in _cpu()[1])
+    return has_more and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def processor_class() -> str:
+    """Return the instruction set that decides how fast this process multiplies, such as "AVX512-BF16"."""
+    sets = instruction_sets()
+    ranks = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX512", "avx2": "AVX2"}
+    name = next((name for flag, name in ranks.items() if flag in sets), platform.machine())
+    return f"{name} (emulated)" if emulates_avx2() else name
 
 
 def memory_bytes() -> int:

@@ -11,13 +11,29 @@ MEBIBYTE = 2**20
 def test_describe_is_plain_json_and_complete():
     described = machine.describe()
     assert json.loads(json.dumps(described)) == described
-    assert set(described) == {"cpu", "cores", "threads", "isa", "memory_bytes", "gpu", "os", "python", "versions"}
+    assert set(described) == {"cpu", "cores", "threads", "isa", "class", "memory_bytes", "gpu", "os", "python", "versions"}
     assert described["cpu"]
     assert described["cores"] >= 1
     assert described["threads"] >= 1
     assert described["memory_bytes"] > 100 * MEBIBYTE
     assert set(described["versions"]) == set(machine.PACKAGES)
     assert described["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "sets", "name"),
+    [
+        ({"fpu", "avx2", "avx512f", "avx512_bf16"}, "AVX512", ["avx2", "avx512f", "avx512_bf16"], "AVX512-BF16"),
+        ({"avx2", "avx512f", "amx_bf16", "amx_tile"}, "AVX512", ["avx2", "avx512f", "amx_tile", "amx_bf16"], "AMX"),
+        ({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, "AVX2", ["avx2"], "AVX2 (emulated)"),
+        ({"fpu", "avx2"}, "AVX2", ["avx2"], "AVX2"),
+    ],
+)
+def test_instruction_sets_that_torch_was_told_to_leave_unused_do_not_count(monkeypatch, flags, capability, sets, name):
+    monkeypatch.setattr(machine, "_cpu", lambda: ("a processor", flags))
+    monkeypatch.setattr(machine.torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert machine.instruction_sets() == sets
+    assert machine.processor_class() == name
 
 
 def test_a_package_that_is_not_installed_has_no_version():

@@ -78,6 +78,10 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
 #define GET JOIN(get, SUFFIX)
 #define PUT JOIN(put, SUFFIX)
 
+/* W: the type of weights in a decoding step, where it may be narrower than T. */
+#define W T
+#define FT F
+#define GET_W GET
 #include "kernels_products.c"
 #include "kernels_decode.c"
 #define T float
@@ -88,6 +92,23 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
 #define T uint16_t
 #define SUFFIX bf16
 #include "kernels.c"
+#undef T
+#undef SUFFIX
+#undef W
+#undef FT
+#undef GET_W
+#undef GET
+#undef PUT
+#define T float
+#define W uint16_t
+#define SUFFIX mixed
+#define IS_MIXED_mixed 1
+#define FT(name) JOIN(name, f32)
+#define GET get_f32
+#define PUT put_f32
+#define GET_W get_bf16
+#include "kernels_products.c"
+#include "kernels_decode.c"
 #else
 
 /* Cross-entropy of each row of logits against its label. The row becomes the gradient softmax(logits) -

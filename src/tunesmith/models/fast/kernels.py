@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tunesmith import files
+from tunesmith import files, machine
 from tunesmith.errors import DiskError
 
 SOURCE = Path(__file__).with_name("kernels.c")
 INCLUDED = [SOURCE.with_name(f"kernels_{name}.c") for name in ("encoder", "products", "decode")]
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 CHUNK = 1 << 22
 """Elements rounded at a time where there is no C: the hash needs 8 bytes for each."""
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -43,15 +43,18 @@ def _compile() -> Path | None:
     processor = info.read_text().partition("\n\n")[0] if info.exists() else platform.processor()
     described = ("flags", "model name", "Features")
     processor = "\n".join(line for line in processor.splitlines() if line.startswith(described))
-    command = " ".join([compiler, *FLAGS])
+    wide = platform.machine() == "x86_64" and "clang" not in compiler
+    target_flags = ["-march=haswell"] if machine.emulates_avx2() else ["-march=native"]
+    if wide:
+        target_flags.append("-mprefer-vector-width=512")
+    flags = [*target_flags, *FLAGS]
+    command = " ".join([compiler, *flags])
     sources = [path.read_bytes() for path in (SOURCE, *INCLUDED)]
     parts = [*sources, command.encode(), processor.encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     target = cache_folder() / f"kernels-{key}.so"
     if target.exists():
         return target
-    wide = platform.machine() == "x86_64" and "clang" not in compiler
-    flags = [*FLAGS, "-mprefer-vector-width=512"] if wide else FLAGS
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with files.publish_file(target) as built:  # two processes may build at once

@@ -30,15 +30,16 @@ typedef struct {
     float epsilon, scale;
 } Step;
 
-/* The part of `count` outputs that a thread computes: [*first, *end), beginning at a multiple of 8. */
-static inline void own_part(const Step *s, i64 count, i64 *first, i64 *end) {
-    i64 part = (count / s->threads + 7) / 8 * 8;
+/* The part of `count` outputs that a thread computes: [*first, *end), beginning at a multiple of `unit`. */
+static inline void own_part(const Step *s, i64 count, i64 unit, i64 *first, i64 *end) {
+    i64 part = (count / s->threads + unit - 1) / unit * unit;
     *first = s->thread * part < count ? s->thread * part : count;
     *end = *first + part < count && s->thread + 1 < s->threads ? *first + part : count;
 }
 #define BARRIER PRAGMA(omp barrier)
 #else
 
+#if !JOIN(IS_MIXED, SUFFIX) /* these read no weights */
 /* out (group, dim) = p (group, seen) v (seen, dim). */
 INLINE void F(mix)(const float *p, const T *v, float *out, i64 seen, i64 dim, int group) {
     i64 d = 0;
@@ -106,18 +107,20 @@ void F(decode_attention)(const T *q, const T *keys, const T *values, const i64 *
         free(part);
     }
 }
+#endif
 
 /* x / rms(x) * weight of all rows, as inputs of a product. */
 static void F(norm_rows)(const Step *s, const void *weight, A *to) {
     const T *w = weight;
     i64 width = s->n->hidden, wide = s->wide;
-    float sums[wide], pair[2 * wide];
+    float sums[wide], some[16 * wide];
     EACH(r, wide) sums[r] = 0.0f;
     EACH(f, width) SIMD EACH(r, wide) sums[r] += s->x[f * wide + r] * s->x[f * wide + r];
     SIMD EACH(r, wide) sums[r] = 1.0f / sqrtf(sums[r] / (float)width + s->epsilon);
-    for (i64 f = 0; f < width; f += 2) {
-        EACH(i, 2) SIMD EACH(r, wide) pair[i * wide + r] = s->x[(f + i) * wide + r] * sums[r] * GET(w[f + i]);
-        F(store_inputs)(pair, f, 2, to, width, wide);
+    for (i64 f = 0; f < width; f += 16) {
+        i64 count = width - f < 16 ? width - f : 16;
+        EACH(i, count) SIMD EACH(r, wide) some[i * wide + r] = s->x[(f + i) * wide + r] * sums[r] * GET(w[f + i]);
+        F(store_inputs)(some, f, count, to, width, wide);
     }
 }
 
@@ -143,10 +146,10 @@ static inline void F(rotate)(float *x, const float *cosine, const float *sine, i
 static void F(lower)(const Step *s, const Lora *loras, i64 count, const A *x, i64 in) {
     i64 first, end, wide = s->wide, rank = s->n->rank;
     if (!rank) return;
-    own_part(s, rank, &first, &end);
+    own_part(s, rank, UNIT, &first, &end);
     EACH(l, count) for (i64 at = first; loras[l].a && at < end; at += s->outputs) {
         i64 n = end - at < s->outputs ? end - at : s->outputs;
-        F(dots)((const T *)loras[l].a + at * in, in, n, x, wide, s->chunk);
+        F(factor_dots)((const T *)loras[l].a + at * in, in, n, x, wide, s->chunk);
         if (s->keep) SIMD EACH(i, n * wide) s->chunk[i] *= s->keep[at * wide + i];
         F(store_inputs)(s->chunk, at, n, (A *)s->low + l * rank * wide, rank, wide);
     }
@@ -158,16 +161,17 @@ static void F(add_lora)(const Step *s, const Lora *lora, i64 l, i64 at, i64 n, f
     i64 rank = s->n->rank, wide = s->wide;
     float *sums = s->chunk + 2 * s->outputs * wide;
     if (!rank || !lora->b) return;
-    F(dots)((const T *)lora->b + at * rank, rank, n, (const A *)s->low + l * rank * wide, wide, sums);
+    F(factor_dots)((const T *)lora->b + at * rank, rank, n, (const A *)s->low + l * rank * wide, wide, sums);
     SIMD EACH(i, n * wide) y[i] += sums[i];
 }
 
 /* This thread's part of y (out, wide) = or += weight (out, in) x + bias + LoRA number `l`. */
 static void F(project)(const Step *s, const void *weight, const void *bias, const Lora *lora, i64 l, const A *x, i64 in,
                        i64 out, float *y, int add) {
-    const T *w = weight, *b = bias;
+    const W *w = weight;
+    const T *b = bias;
     i64 first, end, wide = s->wide;
-    own_part(s, out, &first, &end);
+    own_part(s, out, UNIT, &first, &end);
     for (i64 at = first; at < end; at += s->outputs) {
         i64 count = end - at < s->outputs ? end - at : s->outputs;
         float *sums = add ? s->chunk : y + at * wide;
@@ -197,7 +201,7 @@ static void F(attend_row)(const Step *s, const Layer *layer, i64 row, i64 head) 
     F(rotate)(key, c, sine, dim);
     EACH(i, dim) keys[(slot + place) * dim + i] = PUT(key[i]);
     EACH(i, group * dim) query[i] = A_PUT(heads[i]);
-    F(attend_head)(query, keys + (slot + first) * dim, values + (slot + first) * dim, heads, s->scores, group, seen - first,
+    FT(attend_head)(query, keys + (slot + first) * dim, values + (slot + first) * dim, heads, s->scores, group, seen - first,
                    dim, dim, s->scale, 0.0f);
     A *mixed = s->mixed;
     EACH(i, group * dim) mixed[F(input_at)(head * group * dim + i, row, n->heads * dim, wide)] = A_PUT(heads[i]);
@@ -205,9 +209,9 @@ static void F(attend_row)(const Step *s, const Layer *layer, i64 row, i64 head) 
 
 /* This thread's part of silu(gate) * up, as inputs of the last product. */
 static void F(gate_and_up)(const Step *s, const Layer *layer) {
-    const T *gate = layer->gate, *up = layer->up;
+    const W *gate = layer->gate, *up = layer->up;
     i64 first, end, wide = s->wide, hidden = s->n->hidden, inner = s->n->inner;
-    own_part(s, inner, &first, &end);
+    own_part(s, inner, UNIT, &first, &end);
     for (i64 at = first; at < end; at += s->outputs) {
         i64 count = end - at < s->outputs ? end - at : s->outputs;
         float *g = s->chunk, *u = g + count * wide;
@@ -246,9 +250,9 @@ static void F(run_layer)(const Step *s, const Layer *layer) {
 }
 
 /* This thread's part of logits (rows, vocabulary) = head (vocabulary, hidden) x. */
-static void F(project_to_logits)(const Step *s, const T *head, float *logits) {
+static void F(project_to_logits)(const Step *s, const W *head, float *logits) {
     i64 first, end, wide = s->wide, hidden = s->n->hidden, vocabulary = s->n->vocabulary;
-    own_part(s, vocabulary, &first, &end);
+    own_part(s, vocabulary, UNIT, &first, &end);
     for (i64 at = first; at < end; at += s->outputs) {
         i64 count = end - at < s->outputs ? end - at : s->outputs;
         F(dots)(head + at * hidden, hidden, count, s->normed, wide, s->chunk);
@@ -258,11 +262,11 @@ static void F(project_to_logits)(const Step *s, const T *head, float *logits) {
 
 /* The step of a llama: x (rows, hidden) holds the embeddings; logits (rows, vocabulary). keep (rows, rank): 1 for the
  * ranks of a row's own adapter, else 0; absent if all are 1. Returns 1 if memory is short. */
-i64 F(decode_step)(const float *x, const Layer *layers, const Sizes *n, const T *norm, const T *head, const float *cosine,
+i64 F(decode_step)(const float *x, const Layer *layers, const Sizes *n, const T *norm, const W *head, const float *cosine,
                    const float *sine, const i64 *slots, const i64 *places, const float *keep, float *logits,
                    float epsilon, float scale) {
-    i64 wide = padded_rows(n->rows), hidden = n->hidden, width = (n->heads + 2 * n->kv_heads) * n->dim;
-    i64 outputs = wide > FEW ? CHUNK : FEW_CHUNK;
+    i64 wide = WIDE(n->rows), hidden = n->hidden, width = (n->heads + 2 * n->kv_heads) * n->dim;
+    i64 outputs = OUTPUTS(wide);
     i64 shared = (hidden + width + n->heads * n->dim + n->inner + 4 * n->rank) * wide;
     i64 own = round_up_16((hidden + 3 * outputs) * wide + n->heads / n->kv_heads * n->capacity), threads = omp_get_max_threads();
     float *space = calloc((size_t)(shared + threads * own + 16), sizeof(float));

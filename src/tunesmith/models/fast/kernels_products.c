@@ -6,6 +6,9 @@
  * register holds the same input of LANES rows, and is multiplied by one weight that is broadcast to all lanes. The
  * rows are padded with zeros. Inputs are `A`: bf16 where the processor multiplies pairs of bf16 and adds them in
  * fp32 (PAIRS), else fp32.
+ *
+ * The mixed form multiplies fp32 inputs by bf16 copies of fp32 weights, where the copies lose nothing. A copy is read
+ * in half the time, and is laid out so that widening it costs little: see `pack_panels`. Its rows lie one after another.
  */
 #ifndef T
 #if defined(__x86_64__)
@@ -26,8 +29,10 @@ typedef uint16_t VS __attribute__((vector_size(2 * LANES)));
 typedef float V8 __attribute__((vector_size(32)));
 typedef uint32_t VI8 __attribute__((vector_size(32)));
 #define PAIRS_f32 0
+#define PAIRS_mixed 0
 #define HALF_f32 0
 #define HALF_bf16 1
+#define HALF_mixed 1
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define PAIRS_bf16 1
 INLINE V pairs_add(V sum, VI a, VI b) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
@@ -88,6 +93,34 @@ void largest_and_logsumexp(const float *logits, i64 *largest, float *logsumexp, 
         logsumexp[r] = top + logf(sum);
     }
 }
+/* A panel holds PANEL outputs, one input after another; the two halves of the outputs are the lower and the upper
+ * halves of 32-bit numbers. TALL: rows that are multiplied by a panel at a time. */
+#define PANEL (2 * LANES)
+#define TALL (LANES == 16 ? 12 : 6)
+#define AHEAD 2048 /* numbers of a panel that are fetched before they are needed */
+
+/* w (outputs, in) -> panels of bf16, the last one padded with zeros, where nothing is lost: if the lower half of a
+ * number is not 0, *exact = 0, and the panels are not complete. */
+void pack_panels(const float *w, uint32_t *panels, i64 outputs, i64 in, i64 *exact) {
+    i64 count = (outputs + PANEL - 1) / PANEL;
+    int lost = 0;
+    PRAGMA(omp parallel for schedule(static) reduction(| : lost))
+    EACH(p, count) {
+        uint32_t lower = 0, *to = panels + p * LANES * in;
+        if (lost) continue;
+        for (i64 start = 0; start < in; start += 16) EACH(j, LANES) {
+            i64 first = p * PANEL + j, second = first + LANES, end = start + 16 < in ? start + 16 : in;
+            RANGE(k, start, end) {
+                uint32_t low = first < outputs ? float_to_bits(w[first * in + k]) : 0;
+                uint32_t high = second < outputs ? float_to_bits(w[second * in + k]) : 0;
+                lower |= (low | high) & 0xFFFFu;
+                to[k * LANES + j] = low >> 16 | (high & 0xFFFF0000u);
+            }
+        }
+        lost |= lower != 0;
+    }
+    *exact = !lost;
+}
 /* Rows with their padding: how many numbers lie side by side. */
 static inline i64 padded_rows(i64 rows) {
     return rows <= FEW ? rows : rows <= 8 || LANES == 8 ? (rows + 7) / 8 * 8 : (rows + 15) / 16 * 16;
@@ -98,6 +131,9 @@ static inline i64 padded_rows(i64 rows) {
 #undef A_PUT
 #undef A_GET
 #undef STEP
+#undef WIDE
+#undef UNIT
+#undef OUTPUTS
 #if JOIN(PAIRS, SUFFIX)
 #define A uint16_t
 #define A_PUT put_bf16
@@ -109,6 +145,76 @@ static inline i64 padded_rows(i64 rows) {
 #define A_GET get_f32
 #define STEP LANES
 #endif
+
+#if JOIN(IS_MIXED, SUFFIX)
+#define WIDE(rows) (rows)
+#define UNIT PANEL
+#define OUTPUTS(wide) ((wide) > FEW ? 64 : FEW_CHUNK)
+
+INLINE i64 F(input_at)(i64 f, i64 r, i64 in, i64 wide) { (void)wide; return r * in + f; }
+
+static void F(store_inputs)(const float *from, i64 first, i64 count, float *to, i64 in, i64 wide) {
+    swap_axes(from, wide, to + first, in, count, wide);
+}
+
+/* y (rows, PANEL) = x (rows, in) times one panel, `steps` inputs at a time in sums of their own: one sum alone waits
+ * for each addition to end. */
+INLINE void F(multiply_panel)(const W *panel, i64 in, const float *x, float *y, int rows, int steps) {
+    V sums[4][TALL][2] = {{{{0}}}};
+    const float *at[TALL / 3]; /* one pointer for three rows, hidden from the compiler, which else spills all offsets */
+    UNROLL for (int j = 0; j < (rows + 2) / 3; j++) { at[j] = x + 3 * j * in; HIDE(at[j]); }
+#define MULTIPLY(step)                                                                      \
+    {                                                                                       \
+        VI both;                                                                            \
+        memcpy(&both, panel + (k + step) * PANEL, sizeof(both));                            \
+        V low = (V)(both << 16), high = (V)(both & 0xFFFF0000u);                            \
+        __builtin_prefetch(panel + (k + step) * PANEL + AHEAD, 0, 2);                       \
+        UNROLL for (int r = 0; r < rows; r++) {                                             \
+            float input = at[r / 3][r % 3 * in + k + step];                                 \
+            sums[step][r][0] += low * input;                                                \
+            sums[step][r][1] += high * input;                                               \
+        }                                                                                   \
+    }
+    i64 k = 0;
+    for (; k + steps <= in; k += steps) UNROLL for (int step = 0; step < steps; step++) MULTIPLY(step)
+    for (; k < in; k++) MULTIPLY(0)
+#undef MULTIPLY
+    UNROLL for (int step = 1; step < steps; step++)
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int half = 0; half < 2; half++) sums[0][r][half] += sums[step][r][half];
+    UNROLL for (int r = 0; r < rows; r++) memcpy(y + r * PANEL, sums[0][r], sizeof(sums[0][r]));
+}
+
+/* out (count, wide) = w x^T for the panels of `count` outputs and x (wide, in). */
+static void F(dots)(const W *w, i64 in, i64 count, const float *x, i64 wide, float *out) {
+    i64 tiles = (wide + TALL - 1) / TALL, tall = (wide + tiles - 1) / tiles;
+    float tile[TALL * PANEL];
+    for (i64 i = 0; i < count; i += PANEL) for (i64 r = 0; r < wide; r += tall) {
+        i64 rows = r + tall < wide ? tall : wide - r;
+        const W *panel = w + i * in;
+        const float *inputs = x + r * in;
+#define ROWS(rows, steps) case rows: F(multiply_panel)(panel, in, inputs, tile, rows, steps); break;
+        switch (rows) {
+            ROWS(1, 4) ROWS(2, 2) ROWS(3, 2) ROWS(4, 1) ROWS(5, 1)
+#if LANES == 16
+            ROWS(6, 1) ROWS(7, 1) ROWS(8, 1) ROWS(9, 1) ROWS(10, 1) ROWS(11, 1)
+#endif
+            default: F(multiply_panel)(panel, in, inputs, tile, TALL, 1);
+        }
+#undef ROWS
+        swap_axes(tile, PANEL, out + i * wide + r, wide, rows, count - i < PANEL ? count - i : PANEL);
+    }
+}
+
+/* The same for a factor of a LoRA, which lies as it is stored. */
+static void F(factor_dots)(const T *w, i64 in, i64 count, const float *x, i64 wide, float *out) {
+    for (i64 r = 0; r < wide; r += FEW) dots_along_f32(w, in, count, x + r * in, wide - r < FEW ? wide - r : FEW, out + r, wide, 1);
+}
+#else
+#define WIDE(rows) padded_rows(rows)
+#define UNIT 8
+#define OUTPUTS(wide) ((wide) > FEW ? CHUNK : FEW_CHUNK)
+#define factor_dots_f32 dots_f32
+#define factor_dots_bf16 dots_bf16
 
 /* The place of input `f` of row `r` among `wide` rows of `in` inputs. */
 INLINE i64 F(input_at)(i64 f, i64 r, i64 in, i64 wide) {
@@ -133,7 +239,7 @@ static void F(store_inputs)(const float *from, i64 first, i64 count, A *to, i64 
 #endif
 }
 
-INLINE V F(read)(const T *w) {
+INLINE V F(read)(const W *w) {
 #if JOIN(HALF, SUFFIX)
     VS halves;
     memcpy(&halves, w, sizeof(halves));
@@ -146,7 +252,7 @@ INLINE V F(read)(const T *w) {
 }
 
 /* out[i * w_stride + r * x_stride] = w row i . x row r, for `tall` rows of w, `gap` apart, and `rows` of x. */
-INLINE void F(along)(const T *w, i64 gap, i64 in, const A *x, float *out, i64 w_stride, i64 x_stride, int tall, int rows) {
+INLINE void F(along)(const W *w, i64 gap, i64 in, const A *x, float *out, i64 w_stride, i64 x_stride, int tall, int rows) {
     V sums[2][FEW] = {{{0}}};
     i64 k = 0;
     for (; k + STEP <= in; k += STEP)
@@ -164,14 +270,14 @@ INLINE void F(along)(const T *w, i64 gap, i64 in, const A *x, float *out, i64 w_
         }
     UNROLL for (int i = 0; i < tall; i++) UNROLL for (int r = 0; r < rows; r++) {
         float sum = sum_lanes(sums[i][r]);
-        for (i64 rest = k; rest < in; rest++) sum += GET(w[i * gap + rest]) * A_GET(x[r * in + rest]);
+        for (i64 rest = k; rest < in; rest++) sum += GET_W(w[i * gap + rest]) * A_GET(x[r * in + rest]);
         out[i * w_stride + r * x_stride] = sum;
     }
 }
 
 /* The same for `count` rows of w and `rows` <= FEW rows of x. w is read as two streams, each in the order of memory:
  * four neighbouring rows at once are read at less than half the speed (11 instead of 27 GB/s on an AMD Zen 4 core). */
-static void F(dots_along)(const T *w, i64 in, i64 count, const A *x, i64 rows, float *out, i64 w_stride, i64 x_stride) {
+static void F(dots_along)(const W *w, i64 in, i64 count, const A *x, i64 rows, float *out, i64 w_stride, i64 x_stride) {
     i64 half = count / 2;
 #define ALONG(rows)                                                                                               \
     EACH(i, half) F(along)(w + i * in, half * in, in, x, out + i * w_stride, half * w_stride, x_stride, 2, rows); \
@@ -220,14 +326,14 @@ static void F(dots_along)(const T *w, i64 in, i64 count, const A *x, i64 rows, f
     }
 #endif
 #define TILE(name, V, VI, PAIRS_ADD)                                                                              \
-    INLINE void F(name)(const T *w, i64 in, const A *x, i64 wide, float *out, int tall, int vectors) {            \
+    INLINE void F(name)(const W *w, i64 in, const A *x, i64 wide, float *out, int tall, int vectors) {            \
         V sums[12][4] = {{{0}}};                                                                                  \
-        const T *at[4]; /* one pointer for three rows, hidden from the compiler, which else spills all offsets */ \
+        const W *at[4]; /* one pointer for three rows, hidden from the compiler, which else spills all offsets */ \
         UNROLL for (int j = 0; j < (tall + 2) / 3; j++) { at[j] = w + 3 * j * in; HIDE(at[j]); }                  \
-        for (i64 line = 0; line < in; line += 64 / (i64)sizeof(T)) {                                              \
-            i64 end = line + 64 / (i64)sizeof(T) < in ? line + 64 / (i64)sizeof(T) : in;                          \
-            const T *next = w + tall * (in + line); /* the next tile, in the order of memory */                   \
-            UNROLL for (int i = 0; i < tall; i++) __builtin_prefetch(next + i * 64 / (i64)sizeof(T), 0, 2);       \
+        for (i64 line = 0; line < in; line += 64 / (i64)sizeof(W)) {                                              \
+            i64 end = line + 64 / (i64)sizeof(W) < in ? line + 64 / (i64)sizeof(W) : in;                          \
+            const W *next = w + tall * (in + line); /* the next tile, in the order of memory */                   \
+            UNROLL for (int i = 0; i < tall; i++) __builtin_prefetch(next + i * 64 / (i64)sizeof(W), 0, 2);       \
             for (i64 k = line; k < end; k += 2) {                                                                 \
                 MULTIPLY(V, VI, PAIRS_ADD)                                                                        \
                 UNROLL for (int j = 0; j < (tall + 2) / 3; j++) at[j] += 2;                                       \
@@ -244,7 +350,7 @@ TILE(tile_8, V8, VI8, pairs_add_8)
 
 /* out (count, wide) = w (count, in) x^T for inputs as store_inputs leaves them; wide = padded_rows(rows). `in` is even
  * unless wide <= FEW. */
-static void F(dots)(const T *w, i64 in, i64 count, const A *x, i64 wide, float *out) {
+static void F(dots)(const W *w, i64 in, i64 count, const A *x, i64 wide, float *out) {
     if (wide <= FEW) {
         F(dots_along)(w, in, count, x, wide, out, wide, 1);
         return;
@@ -276,4 +382,5 @@ static void F(dots)(const T *w, i64 in, i64 count, const A *x, i64 wide, float *
 }
 #undef MULTIPLY
 #undef TILE
+#endif
 #endif

@@ -8,15 +8,18 @@ or with LoRAs, on a CPU. ``SlotPass`` compares its first result with that of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith import machine
 from tunesmith.models.fast import kernels
 from tunesmith.models.generate.row_adapters import LoraStack
 from tunesmith.models.generate.slot_cache import SlotCache
+from tunesmith.models.load import huge_pages
 from tunesmith.models.network import attribute, has_attributes, sliding_window, submodule
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 4
 """With more rows, the C step lays them out side by side (FEW in kernels_products.c)."""
+PANEL = 32
+"""Copies have room for a multiple of so many outputs: the larger PANEL of kernels_products.c."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -47,6 +52,30 @@ class DecodeStep:
     epsilon: float
     window: int
 
+    panels: Mapping[int, Tensor] = field(default_factory=dict)
+    """bf16 copies of the matrices, by id, laid out as kernels_products.c says; empty if these are read as they are."""
+
+    def packed(self) -> DecodeStep:
+        """Return a step that reads bf16 copies of its fp32 matrices: half the bytes, and the same numbers.
+
+        Weights that were saved in bf16 and compute in fp32 lose nothing. This step is returned if a number is no
+        bf16 number, or if the copies would take too much of the free memory.
+        """
+        matrices = [x for layer in self.layers for x in layer if x is not None and x.dim() == 2] + [self.head]
+        sizes = [-(-matrix.shape[0] // PANEL) * PANEL * matrix.shape[1] for matrix in matrices]
+        too_large = 2 * sum(sizes) > huge_pages.MEMORY_SHARE * machine.free_bytes(torch.device("cpu"))
+        if self.head.dtype is not torch.float32 or too_large:
+            return self
+        block = huge_pages.allocate(2 * sum(sizes))
+        block = torch.empty(2 * sum(sizes), dtype=torch.uint8) if block is None else block
+        panels, exact = {}, torch.empty(1, dtype=torch.int64)
+        for matrix, part in zip(matrices, block.view(torch.bfloat16).split(sizes), strict=True):
+            kernels.call("pack_panels", None, matrix, part, *matrix.shape, exact)
+            if not exact:
+                return self
+            panels[id(matrix)] = part
+        return replace(self, panels=panels)
+
     def __call__(
         self, ids: Tensor, cache: SlotCache, loras: LoraStack | None = None, keep: Tensor | None = None
     ) -> Tensor:
@@ -58,10 +87,10 @@ class DecodeStep:
         x: Tensor = body.embed_tokens(ids)
         cosine, sine = body.rotary_emb(x[None].float(), position_ids=cache.place_of_token[None])
         x = x.float().contiguous()
-        factors = {} if loras is None else loras.factors_in(self.head.dtype)
+        factors = {} if loras is None else loras.factors_in(self.norm.dtype)
         parts = zip(self.layers, cache.keys, cache.values, self.products, strict=True)
         pointers = [
-            0 if tensor is None else tensor.data_ptr()
+            0 if tensor is None else self.panels.get(id(tensor), tensor).data_ptr()
             for layer, keys, values, products in parts
             for tensor in (
                 *layer,
@@ -80,8 +109,10 @@ class DecodeStep:
         tables = [table[0].float().contiguous() for table in (cosine, sine)]
         arrays = torch.tensor(pointers), torch.tensor(sizes)
         places = cache.slot_of_token, cache.place_of_token
+        name, dtype = ("decode_step_mixed", None) if self.panels else ("decode_step", self.norm.dtype)
+        head = self.panels.get(id(self.head), self.head)
         kernels.call(
-            "decode_step", self.head.dtype, x, *arrays, self.norm, self.head, *tables, *places,
+            name, dtype, x, *arrays, self.norm, head, *tables, *places,
             0 if keep is None else keep, logits, self.epsilon, self.scale,
         )  # fmt: skip
         return logits

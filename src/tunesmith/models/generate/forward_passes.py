@@ -66,8 +66,11 @@ class SlotPass:
         self.has_virtual_tokens = False
         """The slots begin with the virtual tokens as they are now."""
         self.step = decode_step(core)
-        self.checked_steps = set[tuple[bool, bool, bool]]()
-        """The kinds of C steps that were compared with the model's own forward: many rows, LoRAs, several of them."""
+        self.packed_step: DecodeStep | None = None
+        """The step with bf16 copies of the weights as they are now, where these lose nothing."""
+        self.checked_steps = set[tuple[bool, bool, bool, bool]]()
+        """The kinds of C steps that were compared with the model's own forward: many rows, LoRAs, several of them,
+        bf16 copies."""
         self.stack_checked = False
         self.can_stack = True
 
@@ -75,7 +78,7 @@ class SlotPass:
         self.cache, self.has_virtual_tokens = self.cache.resized(slots, capacity), False
 
     def forget(self) -> None:
-        self.has_virtual_tokens = False
+        self.has_virtual_tokens, self.packed_step = False, None
 
     @torch.inference_mode()
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
@@ -148,14 +151,15 @@ class SlotPass:
         adapters = [self.adapters.active if piece.adapter == ACTIVE else piece.adapter for piece in pieces]
         loras = self.adapters.stack(adapters) if self.adapters.layers else None
         keep = loras.keep(adapters) if loras and len({*adapters, *loras.names}) > 1 else None
-        kind = len(pieces) > FEW_ROWS, loras is not None, keep is not None
+        self.packed_step = step = self.packed_step or step.packed()
+        kind = len(pieces) > FEW_ROWS, loras is not None, keep is not None, bool(step.panels)
         is_new = kind not in self.checked_steps
         expected = self._forward_of_adapters(pieces) if is_new else None
         logits = step(torch.tensor([piece.ids[0] for piece in pieces]), self.cache, loras, keep)
         self.checked_steps.add(kind)
         if expected is None or (off := difference(logits, expected)) <= TOLERANCE[self.core.dtype]:
             return logits
-        self.step = None
+        self.step = self.packed_step = None
         self.note(f"decoding without the C step: its logits differ by {off:.1e}")
         return self._forward_of_adapters(pieces)  # again, because the step has written into the cache
 

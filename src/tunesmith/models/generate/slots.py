@@ -119,6 +119,7 @@ class Slots:
         """Free the memory of all slots, which no row may have. The next row makes new ones, for the same pass."""
         if self._pass is not None:
             self._pass.resize(0, 0)
+            self._pass.forget()
         self.held, self._free, self.capacity, self._made_for = [], [], 0, 0
 
     def choose_again(self) -> None:

@@ -39,7 +39,7 @@ def move_weights(model: PreTrainedModel) -> bool:
     total = sum(_aligned(parameter.nbytes) for parameter in parameters)
     if total < PAGE_BYTES or total > MEMORY_SHARE * machine.free_bytes(torch.device("cpu")):
         return False
-    block = _block(total)
+    block = allocate(total)
     if block is None:
         return False
     moved: dict[tuple[int, torch.Size], Tensor] = {}
@@ -59,7 +59,7 @@ def _aligned(count: int) -> int:
     return -(-count // ALIGNED_BYTES) * ALIGNED_BYTES
 
 
-def _block(count: int) -> Tensor | None:
+def allocate(count: int) -> Tensor | None:
     """Return ``count`` bytes on huge pages; None where the system has none."""
     if sys.platform != "linux":
         return None
