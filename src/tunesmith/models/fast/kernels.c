@@ -11,6 +11,7 @@
  */
 #ifndef T
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 

@@ -19,6 +19,9 @@ typedef struct {
 #define CHUNK 48 /* outputs of a product at a time: they and their weights stay in the cache */
 #define FEW_CHUNK 480 /* the same with few rows, where only the order of reading matters */
 
+/* Where the threads meet: how many have arrived, how often all have; and the next task of each layer's attention. */
+typedef struct { i64 arrived, round, next[]; } Meeting;
+
 /* What a thread needs to know. Activations are (features, wide), a row a column; with FEW rows it is the same. */
 typedef struct {
     const Sizes *n;
@@ -28,6 +31,7 @@ typedef struct {
     const float *keep, *cosine, *sine; /* keep (rank, wide): 1 for the ranks of a row's own adapter, else 0; or absent */
     const i64 *slots, *places;
     float epsilon, scale;
+    Meeting *meeting;
 } Step;
 
 /* The part of `count` outputs that a thread computes: [*first, *end), beginning at a multiple of `unit`. */
@@ -36,7 +40,25 @@ static inline void own_part(const Step *s, i64 count, i64 unit, i64 *first, i64 
     *first = s->thread * part < count ? s->thread * part : count;
     *end = *first + part < count && s->thread + 1 < s->threads ? *first + part : count;
 }
-#define BARRIER PRAGMA(omp barrier)
+
+/* Wait until all threads are here. A wait that lasts gives the core away, because the thread that is missing may need
+ * it: OpenMP's barrier spins for milliseconds, so that next to one busy program a step took a second. */
+#define SPINS 2000
+static void wait_for_all(const Step *s) {
+    Meeting *at = s->meeting;
+    i64 round = __atomic_load_n(&at->round, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&at->arrived, 1, __ATOMIC_ACQ_REL) == s->threads) {
+        __atomic_store_n(&at->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&at->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (i64 spins = 0; __atomic_load_n(&at->round, __ATOMIC_ACQUIRE) == round; spins++) {
+        if (spins > SPINS) sched_yield();
+#if defined(__x86_64__)
+        else __builtin_ia32_pause();
+#endif
+    }
+}
 #else
 
 #if !JOIN(IS_MIXED, SUFFIX) /* these read no weights */
@@ -153,7 +175,7 @@ static void F(lower)(const Step *s, const Lora *loras, i64 count, const A *x, i6
         if (s->keep) SIMD EACH(i, n * wide) s->chunk[i] *= s->keep[at * wide + i];
         F(store_inputs)(s->chunk, at, n, (A *)s->low + l * rank * wide, rank, wide);
     }
-    BARRIER
+    wait_for_all(s);
 }
 
 /* Add B (keep * A x) of LoRA number `l` of those that `lower` has computed to outputs [at, at + n). */
@@ -224,7 +246,7 @@ static void F(gate_and_up)(const Step *s, const Layer *layer) {
     }
 }
 
-static void F(run_layer)(const Step *s, const Layer *layer) {
+static void F(run_layer)(const Step *s, const Layer *layer, i64 *next) {
     const Sizes *n = s->n;
     const Lora *loras = layer->loras;
     i64 hidden = n->hidden, width = n->heads * n->dim, kv_width = n->kv_heads * n->dim;
@@ -234,19 +256,20 @@ static void F(run_layer)(const Step *s, const Layer *layer) {
     F(project)(s, layer->q, layer->q_bias, loras + ON_Q, 0, s->normed, hidden, width, s->qkv, 0);
     F(project)(s, layer->k, layer->k_bias, loras + ON_K, 1, s->normed, hidden, kv_width, k, 0);
     F(project)(s, layer->v, layer->v_bias, loras + ON_V, 2, s->normed, hidden, kv_width, v, 0);
-    BARRIER
-    PRAGMA(omp for schedule(dynamic)) /* waits at its end */
-    EACH(task, n->rows * n->kv_heads) F(attend_row)(s, layer, task / n->kv_heads, task % n->kv_heads);
+    wait_for_all(s);
+    for (i64 task; (task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < n->rows * n->kv_heads;)
+        F(attend_row)(s, layer, task / n->kv_heads, task % n->kv_heads);
+    wait_for_all(s);
     F(lower)(s, loras + ON_O, 1, s->mixed, width);
     F(project)(s, layer->o, layer->o_bias, loras + ON_O, 0, s->mixed, width, hidden, s->x, 1);
-    BARRIER
+    wait_for_all(s);
     F(norm_rows)(s, layer->mlp_norm, s->normed);
     F(lower)(s, loras + ON_GATE, 2, s->normed, hidden);
     F(gate_and_up)(s, layer);
-    BARRIER
+    wait_for_all(s);
     F(lower)(s, loras + ON_DOWN, 1, s->product, n->inner);
     F(project)(s, layer->down, 0, loras + ON_DOWN, 0, s->product, n->inner, hidden, s->x, 1);
-    BARRIER
+    wait_for_all(s);
 }
 
 /* This thread's part of logits (rows, vocabulary) = head (vocabulary, hidden) x. */
@@ -270,7 +293,8 @@ i64 F(decode_step)(const float *x, const Layer *layers, const Sizes *n, const T 
     i64 shared = (hidden + width + n->heads * n->dim + n->inner + 4 * n->rank) * wide;
     i64 own = round_up_16((hidden + 3 * outputs) * wide + n->heads / n->kv_heads * n->capacity), threads = omp_get_max_threads();
     float *space = calloc((size_t)(shared + threads * own + 16), sizeof(float));
-    if (!space) return 1;
+    Meeting *meeting = calloc(1, sizeof(Meeting) + sizeof(i64) * (size_t)n->layers);
+    if (!space || !meeting) { free(space); free(meeting); return 1; }
     float *residual = space, *qkv = residual + hidden * wide, *mixed = qkv + width * wide, *product = mixed + n->heads * n->dim * wide;
     float *low = product + n->inner * wide, *kept = keep ? low + 3 * n->rank * wide : 0;
     if (keep) swap_axes(keep, n->rank, kept, wide, n->rows, n->rank);
@@ -279,12 +303,13 @@ i64 F(decode_step)(const float *x, const Layer *layers, const Sizes *n, const T 
     {
         float *mine = space + round_up_16(shared) + omp_get_thread_num() * own, *chunk = mine + hidden * wide;
         Step step = {n, wide, outputs, omp_get_thread_num(), omp_get_num_threads(), residual, qkv, chunk, chunk + 3 * outputs * wide,
-                     mine, mixed, product, low, kept, cosine, sine, slots, places, epsilon, scale};
-        EACH(l, n->layers) F(run_layer)(&step, layers + l);
+                     mine, mixed, product, low, kept, cosine, sine, slots, places, epsilon, scale, meeting};
+        EACH(l, n->layers) F(run_layer)(&step, layers + l, meeting->next + l);
         F(norm_rows)(&step, norm, step.normed);
         F(project_to_logits)(&step, head, logits);
     }
     free(space);
+    free(meeting);
     return 0;
 }
 #endif
