@@ -6,6 +6,7 @@ ROOT = {
     "add_tokens",
     "device_map",
     "trust_remote_code",
+    "task",
     "objective",
     "adaptation",
     "data",
@@ -28,7 +29,8 @@ SOURCE = {
     "weight",
     "limit",
 }
-EVAL = {"fraction", "limit", "path", "sets"}  # each set is a SOURCE
+EVAL = {"fraction", "limit", "path", "sets", "generate"}  # each set is a SOURCE
+GENERATE = {"rows", "max_new_tokens", "metrics", "folder"}
 
 TRAIN = {
     "learning_rate", "epochs", "max_steps", "max_minutes", "batch_size", "micro_batch_tokens", "max_length", "shuffle", "packing", "precision",
@@ -136,18 +138,18 @@ EITHER_OR = [
 """Keys that no run can hold together: `recipe.conflicts`, or the part itself, refuses the pair."""
 
 NO_TURNS = {"template": "data", "template_kwargs": "data", "special_tokens": "data"}
-WRITES_NOTHING = {**NO_TURNS, "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
+WRITES_NOTHING = {**NO_TURNS, "generate": "data.eval", "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
 JUDGED = {"separator": "data.train.0", "max_unlearnable": "data", "neftune_noise_alpha": "train", "lora_dropout": "adaptation"}
 IDLE = {
     "sft": {"separator": "data.train.0"},
-    "cpt": {"separator": "data.train.0", **NO_TURNS},
+    "cpt": {"separator": "data.train.0", "generate": "data.eval", **NO_TURNS},
     "classify": {**WRITES_NOTHING, "max_unlearnable": "data"},
     "tag": {**WRITES_NOTHING, "max_unlearnable": "data", "separator": "data.train.0"},
     "dpo": JUDGED,
     "kto": JUDGED,
     "grpo": {**JUDGED, "max_minutes": "train"},
     "ppo": {**JUDGED, "max_minutes": "train"},
-    "reward": {**JUDGED, "prompts": "samples", "count": "samples", "max_new_tokens": "samples"},
+    "reward": {**JUDGED, "generate": "data.eval", "prompts": "samples", "count": "samples", "max_new_tokens": "samples"},
     "qa": {**WRITES_NOTHING, "max_unlearnable": "data", "separator": "data.train.0"},
 }
 """Keys of a part that an objective refuses, because they would do nothing."""

@@ -80,6 +80,10 @@ class RewardError(StoppedError):
     """A reward raised an error or returned no score. The answers are kept, and scored when the run resumes."""
 
 
+class MetricError(StoppedError):
+    """A metric that a user wrote raised an error or returned no number. The answers in ``--out`` are kept."""
+
+
 class StaleRolloutError(StoppedError):
     """Answers were sampled by other weights than those of the policy. No update was applied."""
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
 
 import tunesmith
+from tests import processes
 from tests.runs import labelled, recipe, rows
 from tunesmith.cli.main import main
+from tunesmith.data.read.prompts import AskedPrompt
 from tunesmith.errors import UserError
-from tunesmith.evaluate import compare_models
+from tunesmith.evaluate import compare_models, generated_figures
 from tunesmith.evaluate.compare_models import Figure, System
-from tunesmith.metrics import squad
+from tunesmith.metrics import metric_names, squad
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +180,30 @@ def test_the_command_prints_the_verdict_first_and_writes_the_page(folder, tmp_pa
     assert json.loads((out / "figures.json").read_text())["pairs"][0]["better"] == str(folder / "run")
 
 
-def test_models_of_other_kinds_are_refused(folder, tmp_path):
+def test_language_models_of_different_trainings_are_compared_as_language_models(folder, tmp_path):
+    folder, base = folder
+    made = recipe(tmp_path, count=12, objective="dpo", max_steps=1)
+    made["model"] = base
+    tunesmith.train(made, out=tmp_path / "dpo")
+    found = compared(folder, base, str(tmp_path / "dpo"), generate=0)
+    assert found["decides"] == "eval_loss" and found["pairs"][0]["figures"]["eval_loss"]["rows"] == 12
+
+
+def test_a_table_of_differences_is_read_in_eighty_columns(folder, monkeypatch, capsys):
+    folder, base = folder
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = ["compare", base, str(folder / "run"), "--data", str(folder / "data.jsonl"), "--generate", "4"]
+    assert main([*arguments, "--max-new-tokens", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("figure"))
+    rows = [line for line in lines[head + 2 :] if line.strip()]
+    table = rows[: next(number for number, line in enumerate(rows) if line.startswith("-: no difference"))]
+    names = [line[:20].strip() for line in table]
+    assert all(len(line.rstrip()) <= 80 for line in table) and all(names) and len(names) == len(set(names)), "no cell is broken"
+    assert any("too few for an interval" in line for line in table) and any(line.rstrip().endswith("better") for line in table)
+
+
+def test_models_of_other_kinds_are_refused(folder, tmp_path, monkeypatch):
     folder, base = folder
     other = tmp_path / "classify"
     made = recipe(tmp_path, count=12, objective="classify", max_steps=2)
@@ -185,6 +211,7 @@ def test_models_of_other_kinds_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"is a model for classify, .* for sft: their figures cannot be compared"):
         data = tmp_path / "data.jsonl"
         data.write_text("".join(json.dumps({**row, **label}) + "\n" for row, label in zip(rows(12), labelled(12))))
+        monkeypatch.setattr(compare_models, "_measure", None)  # before any evaluation
         compare_models.compare([base, str(other)], str(data))
 
 
@@ -196,14 +223,23 @@ def test_answers_are_measured_next_to_a_baseline(folder, tmp_path):
     found = tunesmith.evaluate(str(folder / "run"), folder / "data.jsonl", generate=12, max_new_tokens=40, out=tmp_path / "out")[
         "generated"
     ]
-    (saved,) = (tmp_path / "out").glob("answers-*.jsonl")
-    lines = [json.loads(line) for line in saved.read_text().splitlines()]
+    of_both = [[json.loads(line) for line in one.read_text().splitlines()] for one in (tmp_path / "out").glob("answers-*.jsonl")]
+    assert len(of_both) == 2, "the base model answered, too"
+    means = [np.mean([squad.f1(one["answer"], [one["reference"]]) for one in lines]) for lines in of_both]
+    lines = of_both[int(np.argmax(means))]
+    base_model = found["figures"]["token_f1"]["baselines"][0]
+    assert base_model["value"] == pytest.approx(min(means)) and found["figures"]["token_f1"]["value"] == pytest.approx(max(means))
+    assert base_model["difference"] == pytest.approx(max(means) - min(means)) and base_model["low"] < base_model["high"]
     assert found["answers"] == len(lines) == 12
     by_hand = np.mean([squad.exact_match(line["answer"], [line["reference"]]) for line in lines])
     assert found["figures"]["exact_match"]["value"] == pytest.approx(by_hand)
     assert found["figures"]["length"]["value"] == pytest.approx(np.mean([line["tokens"] for line in lines]))
-    assert found["figures"]["rouge1"]["baseline"]["words"] == "the prompt copied"
-    assert "baseline" not in found["figures"]["length"] and 0 < found["figures"]["distinct_1"]["value"] <= 1
+    rouge, length = ([one["words"] for one in found["figures"][name]["baselines"]] for name in ("rouge1", "length"))
+    assert (
+        rouge == ["the base model", "the prompt copied"]
+        and length == ["the base model"]
+        and 0 < found["figures"]["distinct_1"]["value"] <= 1
+    )
     worst = [one["token_f1"] for one in found["worst"]]
     assert worst == sorted(worst)
 
@@ -219,3 +255,101 @@ def test_evaluate_prints_the_answers_figures(folder, capsys):
     assert "3 answers to 3 prompts" in printed and "rouge1" in printed and "bleu" not in printed
     assert main(["evaluate", str(folder / "run"), "--data", data, "--generate", "3", "--metric", "rogue1"]) == 2
     assert "Did you mean `rouge1`?" in capsys.readouterr().err
+
+
+def test_an_adapter_is_switched_off_for_its_base(folder, tmp_path, monkeypatch):
+    folder, base = folder
+    made = recipe(tmp_path, adaptation={"type": "lora", "r": 4}, count=12, max_steps=20, learning_rate=3e-2)
+    made["model"] = base
+    tunesmith.train(made, out=tmp_path / "lora")
+    from tunesmith.evaluate import base_answers
+
+    loaded, load_model = [], base_answers.load.load_model
+    monkeypatch.setattr(
+        base_answers.load, "load_model", lambda *given, **keys: loaded.append(given) or load_model(*given, **keys)
+    )
+    settings = {"generate": 12, "max_new_tokens": 10, "precision": "fp32", "answer_metrics": ["token_f1", "length"]}
+    found = tunesmith.evaluate(tmp_path / "lora", folder / "data.jsonl", **settings)["generated"]["figures"]
+    assert len(loaded) == 1, "nothing is loaded a second time"
+    alone = tunesmith.evaluate(base, folder / "data.jsonl", **settings)["generated"]["figures"]
+    for name in ("token_f1", "length"):
+        known = found[name]["baselines"][0]
+        assert known["words"] == "the base model" and known["value"] == pytest.approx(alone[name]["value"])
+    assert found["length"]["value"] != alone["length"]["value"] or found["token_f1"]["value"] != alone["token_f1"]["value"]
+    assert all(one["words"] != "the base model" for one in alone["token_f1"]["baselines"]), "a base model has no base"
+    assert "the base model" not in str(tunesmith.evaluate(tmp_path / "lora", folder / "data.jsonl", with_base=False, **settings))
+
+
+def test_a_base_that_changed_is_not_compared_with_and_named(folder, tmp_path):
+    folder, _ = folder
+    made = recipe(tmp_path, count=12, max_steps=1)
+    tunesmith.train(made, out=tmp_path / "run")
+    (tmp_path / "model-llama").rename(tmp_path / "elsewhere")
+    found = tunesmith.evaluate(tmp_path / "run", folder / "data.jsonl", generate=2, max_new_tokens=2)["generated"]
+    assert any("is not there" in line for line in found["cautions"])
+
+
+def test_prompts_without_an_answer_are_counted_and_a_metric_that_needs_one_is_refused():
+    asked = [AskedPrompt(row, f"question {row}", None if row == 3 else "yes") for row in range(1, 13)]
+    asked[4] = AskedPrompt(5, "question 5", ({"role": "assistant", "content": " "},))
+    rouge = metric_names.of_names(["rouge1"])
+    (caution,) = generated_figures.missing_references(asked, rouge, "rows.jsonl")
+    assert caution == "2 of 12 prompts have no answer in the data: overlap is that of the others"
+    with pytest.raises(UserError, match=r"rouge1: rows.jsonl has no answers to compare with.\n.*--metric length"):
+        generated_figures.missing_references([asked[2], asked[4]], rouge, "rows.jsonl")
+    assert generated_figures.missing_references([asked[2]], metric_names.of_names(["rouge1", "length"]), "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    "content, words", [("", "has no rows"), ('{"prompt": "question", "completion": " "}\n', "got only spaces"), ("[]", "no ")]
+)
+def test_a_file_without_prompts_or_with_empty_answers_is_refused(folder, tmp_path, capsys, content, words):
+    folder, base = folder
+    (tmp_path / "rows.jsonl").write_text(content)
+    assert main(["evaluate", base, "--data", str(tmp_path / "rows.jsonl"), "--generate", "5"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_metric_without_answers_is_refused(folder, capsys):
+    folder, base = folder
+    assert main(["evaluate", base, "--data", str(folder / "data.jsonl"), "--metric", "rouge1"]) == 2
+    assert "--metric and --task choose figures of answers: add --generate 50" in capsys.readouterr().err
+
+
+def test_the_task_decides(folder):
+    folder, base = folder
+    found = compared(folder, base, str(folder / "run"), task="translate", generate=12)
+    assert found["decides"] == "answer_chrf" and "answer_rouge1" not in found["pairs"][0]["figures"]
+    assert "answer chrf" in found["pairs"][0]["verdict"]
+
+
+KILLED = """
+import os, sys
+from tunesmith.cli.main import main
+from tunesmith.evaluate import answer_file
+add, most = answer_file.AnswerFile.add, int(sys.argv.pop(1))
+def dies(self, index, line):
+    global most
+    most -= 1
+    if most < 0:
+        os.kill(os.getpid(), 9)
+    add(self, index, line)
+answer_file.AnswerFile.add = dies
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_files(folder, tmp_path):
+    """Killed for real: in the answers of the model, and in those of its base."""
+    folder, _ = folder
+    words = ["evaluate", str(folder / "run"), "--data", str(folder / "data.jsonl"), "--generate", "8", "--max-new-tokens", "4"]
+    words += ["--precision", "fp32"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    for kept in (3, 10):
+        killed = processes.run([sys.executable, "-c", KILLED, str(kept), *words, "--out", str(tmp_path / "parts")])
+        assert killed.returncode == -9, killed.stderr
+        assert list((tmp_path / "parts").glob("*.partial"))
+        assert not (tmp_path / "parts" / "figures.json").exists()
+    assert main([*words, "--out", str(tmp_path / "parts")]) == 0
+    files = [{one.name: one.read_bytes() for one in (tmp_path / name).iterdir()} for name in ("whole", "parts")]
+    assert files[0] == files[1] and len(files[0]) == 5

@@ -18,7 +18,7 @@ from tunesmith.cli.main import main
 from tunesmith.data.encode import conversations
 from tunesmith.errors import JudgeError, UserError
 from tunesmith.judge import endpoint, examination, judge_run
-from tunesmith.judge.endpoint import EndpointJudge, read_verdict
+from tunesmith.judge.endpoint import Endpoint, EndpointJudge, read_verdict
 from tunesmith.judge.judges import LanguageModelJudge, Pair, Verdict, question
 from tunesmith.judge.verdicts import Verdicts
 
@@ -277,7 +277,7 @@ def server(*replies):
             raise one
         return one
 
-    judge = EndpointJudge("http://127.0.0.1:8000/v1", "big", send=send, sleep=slept.append)
+    judge = EndpointJudge(Endpoint("http://127.0.0.1:8000/v1", "big", send=send, sleep=slept.append))
     return judge, sent, slept
 
 
@@ -331,9 +331,9 @@ def test_a_refusal_is_not_repeated():
 def test_a_server_elsewhere_needs_a_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match=r"needs a key, and OPENAI_API_KEY is not set.\n  Type: export OPENAI_API_KEY=..."):
-        EndpointJudge("https://example.org/v1", "big")
+        Endpoint("https://example.org/v1", "big")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    judge = EndpointJudge("https://example.org/v1", "big", send=lambda *_: reply("A"))
+    judge = Endpoint("https://example.org/v1", "big", send=lambda *_: reply("A"))
     assert judge.headers == {"Authorization": "Bearer sk-secret"} and "sk-secret" not in judge.identity + judge.name
 
 

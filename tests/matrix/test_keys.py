@@ -53,6 +53,7 @@ WORDS = {
 }
 QLORA = {"adaptation": {"type": "qlora", "r": 4}}
 EVAL = {"data.eval": {"fraction": 0.3}}
+ANSWERS = {"data.eval": {"fraction": 0.3, "generate": {"rows": 1, "max_new_tokens": 6, "metrics": ["length", "token_f1"]}}}
 CLASSIFY = {"objective": {"type": "classify"}, "data.train.0.path": "LABELLED", "samples": None}
 TAG = {"objective": {"type": "tag"}, "data.train.0.path": "TAGGED", "samples": None, "train.max_length": 9}
 QA = {"objective": {"type": "qa", "window": 32, "stride": 0}, "data.train.0.path": "QUESTIONS", "samples": None}
@@ -211,6 +212,12 @@ CASES = [
     Case("train.early_stopping_patience", 1, "steps", {**EVAL, "train.eval_steps": 1, "train.learning_rate": 5.0, "train.max_steps": 8}),
     Case("train.early_stopping_threshold", 10.0, "steps", {**EVAL, "train.eval_steps": 1, "train.early_stopping_patience": 1, "train.max_steps": 8}),
     Case("train.report_to", ["tensorboard"], "files", needs=("tensorboard",)),
+    Case("task", "summarise", "history", EVAL),
+    Case("data.eval.generate", {"rows": 2, "max_new_tokens": 4}, "history", EVAL),
+    Case("data.eval.generate.rows", 2, "history", ANSWERS),
+    Case("data.eval.generate.max_new_tokens", 2, "history", ANSWERS),
+    Case("data.eval.generate.metrics", ["rougeL"], "history", ANSWERS),
+    Case("data.eval.generate.folder", "elsewhere", "error", {"data.eval": {"fraction": 0.3, "generate": {"metrics": ["nowhere_module:f"]}}}),
     Case("samples.prompts", ["hello"], "samples", {**EVAL, "samples": {}}),
     Case("samples.count", 2, "samples", EVAL),
     Case("samples.max_new_tokens", 2, "samples", {**EVAL, "model": "GPT2", "samples": {"prompts": ["the quick brown"], "max_new_tokens": 9}}),
@@ -390,6 +397,7 @@ def test_no_key_is_left_out():
         *(f"data.{key}" for key in recipe_keys.DATA),
         *(f"data.train.0.{key}" for key in recipe_keys.SOURCE),
         *(f"data.eval.{key}" for key in recipe_keys.EVAL),
+        *(f"data.eval.generate.{key}" for key in recipe_keys.GENERATE),
         *(f"train.{key}" for key in recipe_keys.TRAIN),
         *(f"samples.{key}" for key in recipe_keys.SAMPLES),
         *(f"objective.{key}" for keys in recipe_keys.OBJECTIVES.values() for key in keys),

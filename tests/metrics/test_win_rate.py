@@ -18,7 +18,7 @@ def verdicts(seed, rows, quality, liking, longer_by=0.0):
 
 
 def test_a_win_rate_counts_ties_as_half():
-    found = win_rate([1, 1, 0, 0.5, 0.5, 1])
+    found = win_rate([1, 1, 0, 0.5, 0.5, 1] * 2)
     assert found.value == pytest.approx(4 / 6) and found.low < 4 / 6 < found.high <= 1
 
 

@@ -41,6 +41,8 @@ COLUMNS = {
     "multilabel": {"text": str, "labels": list},
     "tag": {"tokens": list, "ner_tags": list},
     "qa": {"context": str, "question": str, "answers": dict},
+    "summaries": {"instruction": str, "input": str, "output": str},
+    "translations": {"instruction": str, "input": str, "output": str},
 }
 
 
@@ -525,7 +527,7 @@ class Box:
 '''
 
 
-@pytest.mark.parametrize("kind", ["tag", "qa", "instructions"])
+@pytest.mark.parametrize("kind", ["tag", "qa", "instructions", "translations"])
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_nothing_says_that_a_property_is_called(kind, lang):
     made = [one.row for one in KINDS[kind].make(parsed("boxes", PROPERTIES), lang, 0)]
@@ -738,10 +740,45 @@ def test_answers_to_questions_are_true():
     assert checked == {"default", "exceptions", "quotation", "next parameter", "bases", "described"}
 
 
+# Texts to shorten and to translate
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_a_summary_is_the_first_sentence_of_the_documentation_that_follows_it(lang):
+    texts = {name: " ".join(source.split()) for name, source in library_texts().items()}
+    everything = " ".join(texts.values())
+    for row in rows("summaries", lang)[:60]:
+        head, _, text = row["input"].partition("\n\n")
+        assert "`" in head and row["output"] not in text and len(text) >= 2 * len(row["output"])
+        first = text.split("\n\n")[0][:40]
+        if "\\" not in row["output"] + first and row["output"] in everything:
+            assert re.search(re.escape(row["output"]) + r"\W{0,3}" + re.escape(first), everything), row
+
+
+def test_a_translation_states_the_facts_of_its_source():
+    for row in rows("translations"):
+        marked = [sorted(re.findall("`([^`]+)`", row[key])) for key in ("input", "output")]
+        assert marked[0] == marked[1], row
+        assert not re.search("[가-힣]", row["input"]) and re.search("[가-힣]", row["output"])
+    backward = {one["output"]: one["input"] for one in rows("translations", "ko")}
+    assert backward and all(re.search("[가-힣]", text) for text in backward.values())
+
+
+def test_the_phrases_that_state_a_fact_are_alike_in_both_languages():
+    stated = [key for key in WORDING["en"] if key.startswith("stated ")]
+    assert len(stated) == 7
+    for key in stated:
+        slots = [[sorted(re.findall(r"{(\w+)}", phrase)) for phrase in WORDING[lang][key]] for lang in LANGUAGES]
+        if key != "stated bases":  # Korean names the kind in the phrase
+            assert slots[0] == slots[1], key
+
+
 # Korean
 
 
 WRITTEN_BY_US = {
+    "summaries": "instruction",
+    "translations": "input",
     "docstrings": "instruction",
     "instructions": "instruction",
     "preferences": "instruction",

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
 from tunesmith.cli import options
 from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.json_types import JsonObject
-from tunesmith.runs.figure_format import count, label, number
+from tunesmith.runs.figure_format import count, interval_text, label, number, signed
 
 
 def compare(
@@ -23,6 +24,8 @@ def compare(
     generate: Annotated[
         int, typer.Option(min=0, help="Prompts that language models answer; 0 = compare losses alone.")
     ] = 50,
+    task: options.Task = None,
+    metric: options.Metrics = None,
     max_new_tokens: options.MaxNewTokens = 128,
     limit: options.Limit = None,
     size: Annotated[
@@ -45,8 +48,8 @@ def compare(
     from tunesmith.report import compare_page
 
     result = compare_models.compare(
-        models, data, generate=generate, max_new_tokens=max_new_tokens, limit=limit, size=size, precision=precision,
-        out=out, report=print_stderr,
+        models, data, generate=generate, task=task, metrics=metric or (), max_new_tokens=max_new_tokens, limit=limit, size=size,
+        precision=precision, out=out, report=print_stderr,
     )  # fmt: skip
     if out is not None:
         compare_models.save(result, out)
@@ -55,44 +58,38 @@ def compare(
 
 
 def _shown(result: JsonObject) -> list[RenderableType]:
-    """The verdicts in words, a table of the models, and one of the differences of each pair."""
+    """The verdicts in words, facts of the models, and a table of the differences of each pair."""
     words = [*(one["verdict"] for one in result["pairs"]), *result["cautions"]]
-    names = list(dict.fromkeys(name for system in result["systems"] for name in system["figures"]))
-    models = Table(
-        "model",
-        "parameters",
-        "size",
-        "tokens/s",
-        *map(label, names),
-        title=f"{result['rows']:,} rows of {result['data']}",
-    )
-    for system in result["systems"]:
-        figures = [
-            number(system["figures"][name]["value"]) if name in system["figures"] else "-" for name in names
-        ]
-        sizes = count(system["parameters"]), f"{count(system['bytes'])}B", number(system["tokens_per_second"])
-        models.add_row(system["name"], *sizes, *figures)
-    shown: list[RenderableType] = ["\n".join(words), models]
+    facts = [
+        f"{one['name']}: {count(one['parameters'])} parameters, {count(one['bytes'])}B, "
+        f"{number(one['tokens_per_second'])} tokens/s"
+        for one in result["systems"]
+    ]
+    about = [f"{result['rows']:,} rows of {result['data']}", *facts]
+    shown: list[RenderableType] = ["\n".join(words), "\n".join(about)]
     for pair in result["pairs"]:
+        shown.append(f"\n{pair['first']} -> {pair['second']}")
         table = Table(
             "figure",
             "before",
             "after",
-            "difference",
-            "95% interval",
+            "difference (95% interval)",
             "p",
             "",
-            title=f"{pair['first']} -> {pair['second']}",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
         )
         for name, one in pair["figures"].items():
-            word = {True: "better", False: "worse", None: "no difference seen"}[one["better"]]
-            interval = f"{number(one['low'])} to {number(one['high'])}"
+            word = {True: "better", False: "worse", None: "-"}[one["better"]]
+            change = f"{signed(one['value'])} ({interval_text(one, signed)})"
             table.add_row(
-                label(name), number(one["before"]), number(one["after"]), number(one["value"]), interval, f"{one['p']:.2g}", word,
+                label(name).removeprefix("answer "), number(one["before"]), number(one["after"]), change, f"{one['p']:.2g}", word,
             )  # fmt: skip
         shown.append(table)
-    tail = [f"rows that got worse: {pair['rows_worse']:,} of {pair['rows_worse'] + pair['rows_better']:,} that changed"
-            for pair in result["pairs"] if "rows_worse" in pair]  # fmt: skip
+    tail = ["-: no difference was seen"]
+    tail += [f"rows that got worse: {pair['rows_worse']:,} of {pair['rows_worse'] + pair['rows_better']:,} that changed"
+             for pair in result["pairs"] if "rows_worse" in pair]  # fmt: skip
     if "report" in result:
         tail.append(f"report: {result['report']}")
     return [*shown, "\n".join(tail)]

@@ -149,7 +149,9 @@ def lint(
 def build(
     kind: Annotated[
         str,
-        typer.Argument(help="docstrings, instructions, preferences, judged, classify, multilabel, tag, qa."),
+        typer.Argument(
+            help="docstrings, instructions, summaries, translations, preferences, judged, classify, multilabel, tag, qa."
+        ),
     ],
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other rows.")] = 0,

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
 from tunesmith.cli import options
 from tunesmith.cli.output import filled_columns, print_result, print_stderr
+from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
-from tunesmith.runs.figure_format import label, number
+from tunesmith.runs.figure_format import interval_text, label, number
 
 
 def evaluate(
     model: options.Model,
-    data: Annotated[str, typer.Option(help="A data file, builtin:NAME, or hub:OWNER/NAME.")],
+    data: Annotated[
+        str | None, typer.Option(help="A data file, builtin:NAME, or hub:OWNER/NAME.", show_default="none")
+    ] = None,
     objective: Annotated[
         str | None, typer.Option(help="The loss: sft, cpt, dpo, ...", show_default="that of training")
     ] = None,
@@ -48,18 +53,30 @@ def evaluate(
         ),
     ] = None,
     generate: Annotated[int, typer.Option(min=0, help="Prompts that a language model answers.")] = 0,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(help="Metric of the answers; may be repeated.", show_default="all"),
-    ] = None,
+    task: options.Task = None,
+    metric: options.Metrics = None,
+    base: Annotated[
+        bool, typer.Option(help="Let the base model of an adapter or a run answer, too, to compare with it.")
+    ] = True,
     max_new_tokens: options.MaxNewTokens = 128,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(help="Task of lm-evaluation-harness, or a task file (.yaml); may be repeated."),
+    ] = None,
+    harness_folder: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="New folder for the report of a task head, or for answers: a second run goes on."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Print loss, figures and speed of a model on a data file."""
+    """Print loss, figures and speed of a model on a data file, or its figures on tasks of lm-evaluation-harness."""
+    if harness:
+        _evaluate_harness(model, harness, harness_folder, data, limit, precision, as_json)
+        return
+    if data is None or harness_folder is not None:
+        missing = "--harness-folder needs --harness TASK" if data else "there is nothing to evaluate on"
+        raise UserError(f"{missing}.\n  Type: tunesmith evaluate {model} --data FILE, or --harness TASK")
     columns, kwargs = options.parse_columns(column), options.parse_template_kwargs(template_kwarg)
 
     from tunesmith.evaluate import evaluate_model
@@ -68,10 +85,46 @@ def evaluate(
         model, data, objective=objective, format=format, columns=columns or None, separator=separator, template=template,
         template_kwargs=kwargs, max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
-        reference=reference, generate=generate, answer_metrics=metric or (), max_new_tokens=max_new_tokens,
-        out=out, on_precision=lambda chosen: print_stderr(str(chosen)),
+        reference=reference, generate=generate, task=task, answer_metrics=metric or (), max_new_tokens=max_new_tokens,
+        with_base=base, out=out, on_precision=lambda chosen: print_stderr(str(chosen)),
     )  # fmt: skip
     print_result(figures, as_json, _tables)
+
+
+def _evaluate_harness(
+    model: str, tasks: list[str], folder: Path | None, data: str | None, limit: int | None,
+    precision: options.Precision, as_json: bool,
+) -> None:  # fmt: skip
+    """Print the figures of tasks of lm-evaluation-harness."""
+    if data is not None:
+        raise UserError(
+            "--data does nothing with --harness, whose tasks have data of their own. Leave out one of the two."
+        )
+    from tunesmith.evaluate import harness
+
+    names = [name for one in tasks for name in one.split(",") if name]
+    result = harness.evaluate_harness(
+        model, names, folder=folder, limit=limit, precision=precision,
+        on_precision=lambda chosen: print_stderr(str(chosen)),
+    )  # fmt: skip
+    print_result(result, as_json, _harness_table)
+
+
+def _harness_table(result: JsonObject) -> Table:
+    rows = [
+        (
+            task,
+            str(one["rows"] or ""),
+            name,
+            number(known["value"]),
+            f"± {number(known['stderr'])}" if "stderr" in known else "",
+        )
+        for task, one in result["tasks"].items()
+        for name, known in one["figures"].items()
+    ]
+    return filled_columns(
+        ("task", "rows", "figure", "value", "standard error"), rows, "lm-evaluation-harness"
+    )
 
 
 def _tables(figures: JsonObject) -> list[RenderableType]:
@@ -87,14 +140,14 @@ def _tables(figures: JsonObject) -> list[RenderableType]:
             f"perplexity  {figures['perplexity']:.3f}\n"
             f"read        {figures['rows']:,} rows, {figures['tokens']:,} tokens, "
             f"{figures['supervised_tokens']:,} of them supervised{bad}\n{speed}",
-            *([_answer_table(figures["generated"])] if "generated" in figures else []),
+            *(_answer_tables(figures["generated"]) if "generated" in figures else []),
         ]
     title = f"{figures['objective']}, {figures['rows']:,} examples{bad}"
     rows = []
     for name, value in figures.items():
         if name.startswith("eval_") and not name.endswith("_stderr"):
             one = assessed["figures"].get(name) or {}
-            interval = f"{number(one['low'])} to {number(one['high'])}" if "low" in one else ""
+            interval = interval_text(one)
             known = one.get("baseline")
             baseline = f"{number(known['value'])}, {known['words']}" if known else ""
             rows.append(
@@ -115,17 +168,33 @@ def _tables(figures: JsonObject) -> list[RenderableType]:
     return [*tables, "\n".join([*verdict, speed, *report])]
 
 
-def _answer_table(generated: JsonObject) -> Table:
-    """Figures of generated answers with interval and baseline."""
-    rows = []
-    for name, one in generated["figures"].items():
-        interval = f"{number(one['low'])} to {number(one['high'])}" if "low" in one else ""
-        known = one.get("baseline")
-        word = {True: "better", False: "worse", None: "no difference seen"}[known["better"]] if known else ""
-        baseline = f"{number(known['value'])}, {known['words']}: {word}" if known else ""
-        rows.append((label(name), number(one["value"]), interval, baseline, one["words"]))
-    title = f"{generated['answers']:,} answers to {generated['prompts']:,} prompts"
-    return filled_columns(("answers", "value", "95% interval", "baseline", "meaning"), rows, title)
+def _answer_tables(generated: JsonObject) -> list[RenderableType]:
+    """Figures of generated answers with interval and baselines, and what was not compared."""
+    figures = generated["figures"]
+    names = dict.fromkeys(known["words"] for one in figures.values() for known in one["baselines"])
+    table = Table(
+        "answers",
+        "value",
+        "95% interval",
+        *(fill(name, 12) for name in names),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    words = {True: "better", False: "worse", None: "-"}
+    for name, one in figures.items():
+        known = {
+            other["words"]: f"{other['value']:.3g} {words[other['better']]}" for other in one["baselines"]
+        }
+        table.add_row(
+            label(name),
+            number(one["value"]),
+            interval_text(one),
+            *(known.get(words_, "") for words_ in names),
+        )
+    title = f"\n{generated['answers']:,} answers to {generated['prompts']:,} prompts"
+    legend = ["better, worse: than the baseline; -: no difference was seen"] if names else []
+    return [title, table, "\n".join([*legend, *generated["cautions"]])]
 
 
 def _cell(value: float | None) -> str:

@@ -34,6 +34,13 @@ def judge(
     human: Annotated[
         str | None, typer.Option(help="Answers that people ranked, to examine the judge in addition.")
     ] = None,
+    rubric: Annotated[
+        str | None,
+        typer.Option(
+            help="Score each answer from 1 to 5: `general`, or a text file that says what makes an answer good.",
+            show_default="choose between two answers",
+        ),
+    ] = None,
     limit: options.Limit = None,
     max_new_tokens: options.MaxNewTokens = 256,
     judge_model: Annotated[str | None, typer.Option(help="Name of the model on the server.")] = None,
@@ -63,7 +70,8 @@ def judge(
 
         result = judge_run.judge(
             systems, judge, out, data=data, human=human, limit=limit, max_new_tokens=max_new_tokens,
-            judge_model=judge_model, key_variable=key_variable, precision=precision, report=report,
+            judge_model=judge_model, key_variable=key_variable, rubric=rubric, precision=precision,
+            report=report,
         )  # fmt: skip
     result["report"] = str(judge_page.write(out, result))
     print_result(result, as_json, _shown)

@@ -10,6 +10,7 @@ import typer
 
 from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
+from tunesmith.metrics import tasks
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.")]
@@ -67,6 +68,18 @@ TemplateKwargs = Annotated[
 
 System = Annotated[str | None, typer.Option(help="System message.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Task = Annotated[
+    tasks.Task | None,
+    typer.Option(help="What the answers are: chooses their figures.", show_default="that of training"),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        help="Figure of the answers, or MODULE:FUNCTION of yours; may be repeated.",
+        show_default="those of the task, or all",
+    ),
+]
 
 
 def parse_template_kwargs(given: list[str] | None) -> JsonObject:

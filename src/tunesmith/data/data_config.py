@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tunesmith.data.formats.columns import FORMATS, PLACEHOLDER
 
@@ -119,6 +119,26 @@ class Source(Strict):
         return [] if self.hub else [key for key in HUB_KEYS if key in self.model_dump(exclude_defaults=True)]
 
 
+class GenerateConfig(Strict):
+    """Answers to held-out prompts at every evaluation; their figures are called eval_answer_NAME."""
+
+    rows: int = Field(50, gt=0, description="held-out prompts that the model answers at every evaluation")
+    max_new_tokens: int = Field(128, gt=0, description="longest answer, in tokens")
+    metrics: list[str] = Field(
+        default_factory=list,
+        description="figures such as rougeL, or MODULE:FUNCTION of yours; default: those of the task, or all",
+    )
+    folder: str | None = Field(None, description="folder of the functions; default: that of the recipe")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_folder(cls, keys: object, info: ValidationInfo) -> object:
+        """A recipe is read from a file in a folder, which the run's copy of the recipe must remember."""
+        folder = (info.context or {}).get("folder")
+        functions = isinstance(keys, dict) and any(":" in str(name) for name in keys.get("metrics") or ())
+        return {"folder": folder, **keys} if isinstance(keys, dict) and functions and folder else keys
+
+
 class EvalConfig(Strict):
     """The evaluation set: a share of the training rows, a separate file, or several named files."""
 
@@ -128,6 +148,10 @@ class EvalConfig(Strict):
     sets: dict[str, Source] | None = Field(
         None,
         description="several files, each with separate metrics: {korean: {path: ko.csv}, code: {path: code.jsonl, limit: 200}}",
+    )
+
+    generate: GenerateConfig | None = Field(
+        None, description="let a language model answer held-out prompts at every evaluation, as {rows: 50}"
     )
 
     @field_validator("path")

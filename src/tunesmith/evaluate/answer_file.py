@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -186,10 +187,16 @@ def _manifest(out: Path) -> JsonObject:
     return made_with
 
 
+def read_lines(out: Path) -> Iterator[JsonObject]:
+    """Yield the lines of a file of answers."""
+    with out.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
 def read_first(out: Path, count: int) -> list[JsonObject]:
     """Return the first lines of a file of answers."""
-    with out.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in islice(file, count)]
+    return list(islice(read_lines(out), count))
 
 
 def _line(value: JsonObject) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.generate import decode
 from tunesmith.models.generate.engine import MAX_RUNNING, Engine, fingerprint
+from tunesmith.models.generate.row_adapters import ACTIVE
 from tunesmith.models.generate.running_rows import Answer, Request
 from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.models.generate.slots import Timing
@@ -39,7 +40,7 @@ class Queue:
 
     The queue is generated in blocks of ``block_prompts`` prompts, each with an engine of its own. The rows
     that run together in a block are therefore the same whether or not other blocks were generated in the same
-    process. ``note``: gets a sentence if the model runs row by row.
+    process. ``note``: gets a sentence if the model runs row by row. ``adapter``: as in ``Request``.
     """
 
     loaded: Loaded
@@ -52,6 +53,7 @@ class Queue:
     max_running: int | None = None
     logprobs: bool = False
     note: Callable[[str], None] = lambda sentence: None
+    adapter: str | None = ACTIVE
     _past: Timing = field(default_factory=Timing)
     _engine: Engine | None = None
 
@@ -90,6 +92,8 @@ class Queue:
             "system": self.system,
             "plain": self.plain,
         }
+        if self.adapter != ACTIVE:
+            facts["adapter"] = self.adapter
         if not self.is_exact:
             facts["max_running"] = self.most
         return facts | {
@@ -139,14 +143,14 @@ class Queue:
             if samples:
                 waiting[number] = asked, len(samples)
                 first = self._request(number, asked, samples[0])
-                yield from (Request(first.ids, self.params, number, sample) for sample in samples)
+                yield from (replace(first, sample=sample) for sample in samples)
 
     def _request(self, number: int, asked: AskedPrompt, sample: int) -> Request:
         try:
             ids = decode.prompt_ids(asked.prompt, self.loaded[1], self.system, self.plain)
         except DataError as error:
             raise DataError(f"row {asked.row}: {error}") from None
-        return Request(tuple(ids), self.params, number, sample)
+        return Request(tuple(ids), self.params, number, sample, self.adapter)
 
     def _line(self, asked: AskedPrompt, answer: Answer) -> JsonObject:
         """Return row, sample (from 1), prompt, answer, its tokens, why it ended, and the data's answer."""

@@ -1,7 +1,7 @@
 """Compare models on the same rows: every metric with its difference, an interval, and a verdict in words.
 
 The figures are those of ``evaluate``: the loss of language models, the figures of each head. Language models also
-answer some of the prompts, and their answers are compared by ``answer_metrics``. Rows with the same prompt (or
+answer some of the prompts, and their answers are compared by ``metrics.answer_metrics``. Rows with the same prompt (or
 the same context of questions) form a cluster. One figure decides: the one that chooses the best model in
 training. p values are adjusted for the number of comparisons (Holm 1979): the deciding figure's for the number
 of pairs, those of all other figures together.
@@ -19,22 +19,25 @@ from pathlib import Path
 import numpy as np
 
 from tunesmith import files
+from tunesmith.data.read import prompts
 from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import group_key
 from tunesmith.errors import UserError
 from tunesmith.evaluate import evaluate_model
-from tunesmith.evaluate.answer_figures import usable
 from tunesmith.evaluate.evaluate_model import Measured
-from tunesmith.evaluate.prompt_answers import PromptAnswer, greedy_answers
-from tunesmith.evaluate.trained_reading import trained_with
+from tunesmith.evaluate.open_model import assumed_objective, objective_of
+from tunesmith.evaluate.prompt_answers import GreedyAnswers, chosen_prompts
+from tunesmith.evaluate.trained_reading import source_as_trained, trained_with
 from tunesmith.json_types import JsonObject
-from tunesmith.metrics import answer_metrics, comparison
+from tunesmith.metrics import comparison, metric_names, tasks
+from tunesmith.metrics.answer_figures import AnswerTerms
+from tunesmith.metrics.answer_metrics import Answered, AnswerMetric
 from tunesmith.metrics.comparison import Difference
 from tunesmith.metrics.sum_functions import FUNCTIONS, OfSums, ratio
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load.compute_dtype import cast_and_move
-from tunesmith.models.load.load import load
-from tunesmith.runs.figure_format import label, lower_is_better, number
+from tunesmith.models.load.load import head_of, load
+from tunesmith.runs.figure_format import interval_text, label, lower_is_better, number
 
 SIGNIFICANT = 0.05
 SHOWN_ROWS = 10
@@ -67,7 +70,8 @@ class System:
     writes_text: bool
     clusters: dict[int, int]
     tokenizer: str
-    answers: dict[int, PromptAnswer] = field(default_factory=dict)
+    task: tasks.Task | None = None
+    answers: dict[int, Answered] = field(default_factory=dict)
     shown: dict[int, JsonObject] = field(default_factory=dict)
 
 
@@ -77,6 +81,8 @@ def compare(
     *,
     generate: int = 50,
     max_new_tokens: int = 128,
+    task: tasks.Task | None = None,
+    metrics: Sequence[str] = (),
     limit: int | None = None,
     precision: str = "auto",
     size: float | None = None,
@@ -85,34 +91,34 @@ def compare(
 ) -> JsonObject:
     """Return the figures of each model, and for each pair the differences and a verdict.
 
-    ``generate``: prompts that language models answer; 0 = none. ``size``: a difference of the deciding figure,
-    for which the verdict says how many rows would show it. ``out``: a folder that keeps answers, so that a
-    comparison that was interrupted goes on. Raises UserError for models of different kinds.
+    ``generate``: prompts that language models answer; 0 = none. Their answers have the figures ``metrics``, else
+    those of ``task`` or of the task of a training, else all; the first metric of a task decides. ``size``: a
+    difference of the deciding figure, for which the verdict says how many rows would show it. ``out``: a folder
+    that keeps answers, so that a comparison that was interrupted goes on. Raises UserError for models of different
+    kinds.
     """
     if len(models) < 2:
         raise UserError("compare needs two models or more. Type: tunesmith compare A B --data FILE")
     if len(set(models)) < len(models):
         raise UserError("a model is named twice. Name different models.")
-    for name in models:
-        locate(name, checkpoints=True)  # a name that is wrong costs no evaluation
+    metric_names.of_names(metrics)
+    objective = _common_objective(models)  # a model that cannot be compared costs no evaluation
     folder = None if out is None else Path(out)
     systems = []
     for name in models:
         report(f"evaluating {name}")
-        systems.append(_measure(name, data, limit, precision))
-        if (kind := systems[-1].objective) != systems[0].objective:
-            raise UserError(
-                f"{name} is a model for {kind}, {models[0]} for {systems[0].objective}: their figures cannot be compared"
-            )
+        systems.append(_measure(name, data, limit, precision, objective))
     if generate and all(system.writes_text for system in systems):
+        task = task or next((system.task for system in systems if system.task), None)
+        chosen = metric_names.of_names(metrics or tasks.metrics_of(task))
         for system in systems:
             report(f"answers of {system.name}")
-            loaded = load(system.name)
-            cast_and_move(loaded[0], precision)
-            trained = trained_with(system.name)
             _add_answers(
-                system, greedy_answers(loaded, trained, data, generate, max_new_tokens, limit, folder)
+                system,
+                _answers(system.name, data, generate, max_new_tokens, limit, precision, folder),
+                chosen,
             )
+        _decide_by(systems, [f"answer_{name}" for name in chosen] if task else [])
     cautions = _drop_losses(systems)
     pairs = [_pair(first, second) for first, second in combinations(systems, 2)]
     _adjust(pairs, systems[0].decides)
@@ -129,11 +135,29 @@ def compare(
     }
 
 
-def _measure(name: str, data: str, limit: int | None, precision: str) -> System:
+def _common_objective(models: Sequence[str]) -> str:
+    """Return the objective under which all models are evaluated. Raises UserError for models of different kinds.
+
+    It is that of their training, or, for language models that were trained for different ones, the objective that
+    is assumed for a language model that names none."""
+    heads = [head_of(locate(name, checkpoints=True)) for name in models]
+    names = [objective_of(name) for name in models]
+    for name, head, objective in zip(models, heads, names, strict=True):
+        if head != heads[0] or (objective != names[0] and head != "lm"):
+            raise UserError(
+                f"{name} is a model for {objective}, {models[0]} for {names[0]}: their figures cannot be compared.\n"
+                "  Name models of the same kind."
+            )
+    return names[0] if len(set(names)) == 1 else assumed_objective("lm")
+
+
+def _measure(name: str, data: str, limit: int | None, precision: str, objective: str) -> System:
     kept: list[Measured] = []
-    metrics = evaluate_model.evaluate(name, data, limit=limit, precision=precision, on_measured=kept.append)
+    metrics = evaluate_model.evaluate(
+        name, data, objective=objective, limit=limit, precision=precision, on_measured=kept.append
+    )
     measured, opened = kept[0], kept[0].opened
-    objective = opened.objective
+    chosen = opened.objective
     figures = {
         key: Figure(
             {row: terms for (_, row), terms in one.rows.items()},
@@ -141,12 +165,12 @@ def _measure(name: str, data: str, limit: int | None, precision: str) -> System:
             FUNCTIONS[one.function],
             one.columns,
         )
-        for key, one in objective.row_figures(measured.records).items()
+        for key, one in chosen.row_figures(measured.records).items()
     }
     if not figures:
         raise UserError(f"{name} has no figure by row on {data}: there is nothing to compare")
-    decides = objective.traits.best[0]
-    rows = open_source(measured.source, objective.traits.rows).rows()
+    decides = chosen.traits.best[0]
+    rows = open_source(measured.source, chosen.traits.rows).rows()
     evaluated = set().union(*(figure.terms for figure in figures.values()))
     by_row = {item[0].row: item[1] for item in rows if isinstance(item, tuple) and item[0].row in evaluated}
     tokenizer = opened.tokenizer.backend_tokenizer.to_str() if opened.tokenizer.is_fast else name
@@ -163,9 +187,10 @@ def _measure(name: str, data: str, limit: int | None, precision: str) -> System:
             ),
             "precision": metrics["precision"]["compute"],
         },
-        objective.traits.head == "lm",
+        chosen.traits.head == "lm",
         {row: group_key(value) for row, value in by_row.items()},
         hashlib.sha256(tokenizer.encode()).hexdigest(),
+        task=opened.trained.get("task"),
         shown={row: {"text": str(value)[:2000]} for row, value in by_row.items()},
     )
 
@@ -175,13 +200,42 @@ def _is_higher_better(name: str) -> bool | None:
     return None if lower is None else not lower
 
 
-def _add_answers(system: System, answers: Sequence[PromptAnswer]) -> None:
+def _answers(
+    name: str,
+    data: str,
+    count: int,
+    max_new_tokens: int,
+    limit: int | None,
+    precision: str,
+    folder: Path | None,
+) -> list[Answered]:
+    """Return the answers of a model to ``count`` prompts of ``data``."""
+    loaded = load(name)
+    cast_and_move(loaded[0], precision)
+    trained = trained_with(name)
+    source = source_as_trained(trained, data, prompts.ROWS, {}, {"limit": limit}, prompts=True)
+    answers = GreedyAnswers(loaded, chosen_prompts(source, trained, count), max_new_tokens, folder)
+    answers.check()
+    return [one for block in answers.blocks() for one in block]
+
+
+def _add_answers(system: System, answers: Sequence[Answered], metrics: Mapping[str, AnswerMetric]) -> None:
     """Add the metrics of generated answers to the figures of a system; row by row, as for its loss."""
-    for name, metric in usable(answers, answer_metrics.table()).items():
+    measured = AnswerTerms(metrics)
+    measured.add(answers)
+    for name, metric in measured.measured.items():
+        rows = measured.rows[measured.places(name)].tolist()
+        terms = dict(zip(rows, map(tuple, measured.terms(name).tolist()), strict=True))
         better = {"higher": True, "lower": False, "neither": None}[metric.better]
-        terms = {one.row: tuple(metric.terms(one.answered)) for one in answers}
         system.figures[f"answer_{name}"] = Figure(terms, better, metric.of_sums)
     system.answers = {one.row: one for one in answers}
+
+
+def _decide_by(systems: Sequence[System], names: Sequence[str]) -> None:
+    """Let the first of ``names`` that all systems have decide, if there is one."""
+    common = [name for name in names if all(name in system.figures for system in systems)]
+    for system in systems if common else ():
+        system.decides = common[0]
 
 
 def _drop_losses(systems: Sequence[System]) -> list[str]:
@@ -271,7 +325,7 @@ def _changed_rows(first: System, second: System) -> JsonObject:
 def _answers_of(first: System, second: System, row: int) -> JsonObject:
     if row not in first.answers or row not in second.answers:
         return {}
-    return {"answers": [first.answers[row].answered.text, second.answers[row].answered.text]}
+    return {"answers": [first.answers[row].text, second.answers[row].text]}
 
 
 def _adjust(pairs: Sequence[JsonObject], decides: str) -> None:
@@ -292,7 +346,7 @@ def _verdict(pair: JsonObject, decides: str, size: float | None) -> tuple[str, s
         return f"{pair['first']} and {pair['second']} have no row in common", None
     change = (
         f"{label(decides)} {number(figure['before'])} -> {number(figure['after'])}, a difference of "
-        f"{number(figure['value'])} ({number(figure['low'])} to {number(figure['high'])}), p = {figure['p']:.2g}, over "
+        f"{number(figure['value'])} ({interval_text(figure)}), p = {figure['p']:.2g}, over "
         f"{figure['rows']:,} rows"
     )
     if figure["clusters"] != figure["rows"]:

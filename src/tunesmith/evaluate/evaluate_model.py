@@ -15,16 +15,15 @@ from tunesmith import files
 from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.data.encode import turn_tokens
 from tunesmith.data.formats.fields import Columns
+from tunesmith.data.read import prompts
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import UserError
-from tunesmith.evaluate import starting_policy
-from tunesmith.evaluate.answer_figures import answer_figures
+from tunesmith.evaluate import generated_figures, starting_policy
 from tunesmith.evaluate.open_model import OpenedModel, open_model
-from tunesmith.evaluate.prompt_answers import greedy_answers
+from tunesmith.evaluate.prompt_answers import Advance
 from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
-from tunesmith.metrics import answer_metrics as metrics_of_answers
-from tunesmith.metrics import intervals
+from tunesmith.metrics import intervals, metric_names, tasks
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.load.compute_dtype import ComputeDtype
 from tunesmith.models.network import base, first_position
@@ -69,9 +68,12 @@ def evaluate(
     streaming: bool = False,
     reference: str | Path | None = None,
     generate: int = 0,
+    task: tasks.Task | None = None,
     answer_metrics: Sequence[str] = (),
     max_new_tokens: int = 128,
+    with_base: bool = True,
     out: str | Path | None = None,
+    on_answer: Advance = lambda count: None,
     on_precision: Callable[[ComputeDtype], None] = lambda chosen: None,
     on_measured: Callable[[Measured], None] = lambda measured: None,
 ) -> JsonObject:
@@ -93,9 +95,11 @@ def evaluate(
     memory and never changes the metrics. ``split``, ``name`` and ``streaming``: keys of a Hub data set
     (``data`` = "hub:OWNER/NAME"), as in a recipe. ``reference``: the reference policy of dpo and kto
     (default: the model that training started from). ``generate``: prompts that a language model answers; their
-    figures are ``generated`` (``answer_figures``), those named by ``answer_metrics`` or all. ``out``: a new folder
-    for report.html, figures.json and the worst mistakes, for a model with a task head; with ``generate``, the
-    folder that keeps the answers, so that an evaluation that was interrupted goes on. ``on_measured`` gets the
+    figures are ``generated`` (``metrics.answer_figures``): those named by ``answer_metrics`` (a name, or the import
+    path of a Python function), else those of ``task`` or of the task of the training, else all. ``with_base``: the base
+    model answers the same prompts, too. ``out``: a new folder for report.html, figures.json and the worst mistakes,
+    for a model with a task head; with ``generate``, the folder of figures.json and the answers, from which an
+    evaluation that was interrupted goes on. ``on_answer`` gets the number of answers that ended, ``on_measured`` the
     record of every batch. Raises UserError if model or data cannot be used.
     """
     reading = {
@@ -106,7 +110,9 @@ def evaluate(
     }
     hub = {"split": split, "name": name, "streaming": streaming}
     make_source(data, limit=limit, **reading, **hub)  # report a wrong option before the model loads
-    wanted = metrics_of_answers.of_names(answer_metrics or list(metrics_of_answers.table()))
+    if not generate and (answer_metrics or task):
+        raise UserError("--metric and --task choose figures of answers: add --generate 50")
+    metric_names.of_names(answer_metrics)  # report a wrong name before the model loads
     opened = open_model(model, objective, overlong, max_length)
     network, chosen = opened.network, opened.objective
     source = source_as_trained(opened.trained, data, chosen.traits.rows, reading, {"limit": limit, **hub})
@@ -151,10 +157,17 @@ def evaluate(
     kept = evaluation.measured(chosen, records)
     metrics["assessment"] = assessment.assess(kept, None, chosen.traits.best[0])
     if generate:
+        named = answer_metrics or tasks.metrics_of(task or opened.trained.get("task"))
+        asked = source_as_trained(
+            opened.trained, data, prompts.ROWS, reading, {"limit": limit, **hub}, prompts=True
+        )
         folder = None if out is None else Path(out)
-        loaded = network, opened.tokenizer
-        answers_made = greedy_answers(loaded, opened.trained, data, generate, max_new_tokens, limit, folder)
-        metrics["generated"] = answer_figures(answers_made, wanted)
+        metrics["generated"] = generated_figures.generated_figures(
+            model, (network, opened.tokenizer), opened.trained, asked, generate, metric_names.of_names(named),
+            max_new_tokens=max_new_tokens, folder=folder, with_base=with_base, advance=on_answer,
+        )  # fmt: skip
+        if folder is not None:
+            generated_figures.save(metrics, folder)
     if not isinstance(chosen, TaskHead):
         return metrics
     answers = chosen.answers(records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +17,12 @@ from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluate.trained_reading import ModelArgument, trained_with
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.find import record
+from tunesmith.models.find.locate import locate
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import load
 from tunesmith.models.load.compute_dtype import ComputeDtype, cast_and_move
-from tunesmith.models.network import base, first_position
+from tunesmith.models.network import base, first_position, tunesmith_settings
 from tunesmith.objectives import Example, Objective, TaskHead
 from tunesmith.train import distributed, fast_path
 from tunesmith.train.meta_model import window_of
@@ -98,7 +101,7 @@ def open_model(
     saved = getattr(config, "tunesmith", None) or {}
     recorded = trained.get("objective") or {}
     remembered = saved.get("objective") or recorded.get("type")
-    name = objective or remembered or _assumed(head, rewards and config.num_labels == 1)
+    name = objective or remembered or assumed_objective(head, rewards and config.num_labels == 1)
     module = objectives.module(name)
     keys = (
         {key: value for key, value in recorded.items() if key != "type"}
@@ -130,7 +133,15 @@ def open_model(
     return OpenedModel(network, tokenizer, name, chosen, not isinstance(model, tuple), max_length, trained)
 
 
-def _assumed(head: str, rewards: bool) -> str:
+def objective_of(model: str | Path) -> str:
+    """Return the name of the objective that evaluates a saved model. No weight is loaded."""
+    folder = locate(model, checkpoints=True)
+    saved = tunesmith_settings(load.load_config(folder))
+    recorded = record.trained(folder.path).get("objective") or {}
+    return str(saved.get("objective") or recorded.get("type") or assumed_objective(load.head_of(folder)))
+
+
+def assumed_objective(head: str, rewards: bool = False) -> str:
     """Return the objective to assume for a model with this ``head`` that names none."""
     traits = {name: objectives.module(name).Objective.traits for name in objectives.names()}
     matching = {name: trait for name, trait in traits.items() if trait.head == head}

@@ -52,8 +52,8 @@ def read_verdict(reply: str) -> float | None:
     return None if found is None else float(found[1] == "A")
 
 
-class EndpointJudge:
-    """``address``: such as http://127.0.0.1:8000/v1. ``model``: the model's name on the server.
+class Endpoint:
+    """A model on a server. ``address``: such as http://127.0.0.1:8000/v1. ``model``: the model's name there.
 
     ``key_variable``: the environment variable that holds the key; an address on this machine needs none.
     Raises UserError if it is not set, JudgeError if the server does not answer."""
@@ -76,27 +76,24 @@ class EndpointJudge:
         self.address, self.model = address.rstrip("/") + "/chat/completions", model
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.send, self.sleep = send, sleep
-        forms = hashlib.sha256((ENGLISH + KOREAN).encode()).hexdigest()[:8]
-        self.identity = f"{self.address} {model} {forms}"
+        self.identity = f"{self.address} {model}"
 
-    def __call__(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
-        for place, pair in enumerate(pairs):
-            body = {
-                "model": self.model,
-                "messages": [{"role": "user", "content": question(pair)}],
-                "temperature": 0,
-                "seed": 0,
-            }
-            reply = self._ask(body)
-            try:
-                text = str(reply["choices"][0]["message"]["content"] or "")
-            except (KeyError, IndexError, TypeError):
-                text = ""
-            usage = reply.get("usage")
-            tokens = int(usage.get("total_tokens") or 0) if isinstance(usage, dict) else 0
-            verdict = read_verdict(text)
-            reason = "" if verdict is not None else f"the reply is not A or B: {text[-80:]!r}"
-            yield place, Verdict(verdict, tokens, reason)
+    def reply(self, question: str) -> tuple[str, int]:
+        """Return the text of the reply to ``question``, and the tokens that both cost."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "seed": 0,
+        }
+        reply = self._ask(body)
+        try:
+            text = str(reply["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            text = ""
+        usage = reply.get("usage")
+        tokens = usage.get("total_tokens") if isinstance(usage, dict) else 0
+        return text, tokens if isinstance(tokens, int) else 0
 
     def _ask(self, body: JsonObject) -> JsonObject:
         """Return the server's reply; try again when it is busy or silent."""
@@ -122,3 +119,19 @@ class EndpointJudge:
             f"the judge {self.name} does not answer: {failure}.\n"
             "  Verdicts so far are kept. Run the same command again to go on."
         )
+
+
+class EndpointJudge:
+    """Chooses between two answers by asking a model on a server."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint, self.name = endpoint, endpoint.name
+        forms = hashlib.sha256((ENGLISH + KOREAN).encode()).hexdigest()[:8]
+        self.identity = f"{endpoint.identity} {forms}"
+
+    def __call__(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
+        for place, pair in enumerate(pairs):
+            text, tokens = self.endpoint.reply(question(pair))
+            verdict = read_verdict(text)
+            reason = "" if verdict is not None else f"the reply is not A or B: {text[-80:]!r}"
+            yield place, Verdict(verdict, tokens, reason)

@@ -6,27 +6,28 @@ the data. The folder ``out`` keeps the answers and every verdict, so a run that 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from tunesmith import files
-from tunesmith.data.read.prompts import AskedPrompt, read_prompts
+from tunesmith.data.read.prompts import AskedPrompt, joined_turns, read_prompts
 from tunesmith.errors import UserError
+from tunesmith.evaluate.prompt_answers import GreedyAnswers
 from tunesmith.evaluate.trained_reading import make_source
 from tunesmith.json_types import JsonObject
 from tunesmith.judge import examination
-from tunesmith.judge.endpoint import KEY_VARIABLE, EndpointJudge, is_address
-from tunesmith.judge.judges import Judge, LanguageModelJudge, Pair, RewardModelJudge
+from tunesmith.judge.endpoint import KEY_VARIABLE, Endpoint, EndpointJudge, is_address
+from tunesmith.judge.judges import Judge, LanguageModelJudge, Pair, RewardModelJudge, Verdict
+from tunesmith.judge.rubric import EndpointScorer, LanguageModelScorer, Rubric, RubricJudge, read_rubric
 from tunesmith.judge.verdicts import Outcome, Verdicts
 from tunesmith.metrics import comparison, win_rate
 from tunesmith.metrics.intervals import Interval
-from tunesmith.models.find import record
 from tunesmith.models.find.locate import locate
 from tunesmith.models.generate import decode
 from tunesmith.models.load.compute_dtype import cast_and_move
@@ -58,6 +59,7 @@ def judge(
     max_new_tokens: int = 256,
     judge_model: str | None = None,
     key_variable: str = KEY_VARIABLE,
+    rubric: str | None = None,
     precision: str = "auto",
     report: Report = lambda what, count: None,
 ) -> JsonObject:
@@ -65,14 +67,21 @@ def judge(
 
     ``judge``: a language model, a reward model, or the address of a server (then ``judge_model`` is the name there). ``data``:
     the prompts; needed if a system is a model or ``reference``. ``human``: a file of ranked answers that
-    examines the judge in addition to the built-in pairs. Raises UserError, and JudgeError if a server does
+    examines the judge in addition to the built-in pairs. ``rubric``: ``general``, or a file with criteria; then the judge
+    scores each answer from 1 to 5, and the higher score wins. Raises UserError, and JudgeError if a server does
     not answer; what was generated and judged before is kept in ``out``.
     """
     folder = Path(out)
+    criteria = None if rubric is None else read_rubric(rubric)
     known = examination.built_in() + (examination.from_file(human) if human is not None else [])
+    open_judge = partial(_open_judge, judge, judge_model, key_variable, precision, criteria)
+    # what is wrong with the judge costs no answers: a server is opened at once, the name of a model is checked
+    opened = open_judge() if is_address(judge) else None
+    if opened is None:
+        _check_judge(judge, criteria)
     answers = _answers_of(systems, data, limit, max_new_tokens, precision, folder, report)
     rows = _common_rows(answers)
-    asked = _open_judge(judge, judge_model, key_variable, precision)
+    asked = opened or open_judge()
     verdicts = Verdicts(asked, folder / "judgements.jsonl")
     examined = examination.examine(verdicts, known, lambda count: report("examining the judge", count))
     compared = [
@@ -152,20 +161,14 @@ def _read_answers(path: Path) -> dict[int, tuple[str, str]]:
 
 
 def _references(prompts: Sequence[AskedPrompt], data: str) -> dict[int, tuple[str, str]]:
-    found = {
-        one.row: (_shown(one.shown()), _shown(one.as_dict()["reference"]))
-        for one in prompts
-        if one.reference is not None
-    }
+    found = {one.row: (one.text(), text) for one in prompts if (text := one.reference_text()) is not None}
     if not found:
         raise UserError(f"{data} has no answers to compare with. Name a second model or file of answers.")
     return found
 
 
 def _shown(value: str | list[JsonObject]) -> str:
-    if isinstance(value, str):
-        return value
-    return "\n\n".join(str(turn.get("content") or "") for turn in value)
+    return value if isinstance(value, str) else joined_turns(value)
 
 
 def _generated(
@@ -176,26 +179,14 @@ def _generated(
     folder: Path,
     report: Report,
 ) -> dict[int, tuple[str, str]]:
-    """Return a model's greedy answers. They are kept in ``folder``, by the hash of model and prompts."""
-    settings = {
-        "weights": record.file_hashes(locate(name).path),
-        "max_new_tokens": max_new_tokens,
-        "prompts": [one.as_dict() for one in prompts],
-    }
-    path = folder / f"answers-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}.jsonl"
-    if path.exists():
-        return _read_answers(path)
-    texts = decode.generate(
-        name, [one.prompt for one in prompts], precision=precision, max_new_tokens=max_new_tokens,
-        on_answer=lambda row, text: report(f"answers of {name}", 1),
-    )  # fmt: skip
-    lines = [
-        json.dumps({"row": one.row, "prompt": one.shown(), "answer": text}, ensure_ascii=False)
-        for one, text in zip(prompts, texts, strict=True)
-    ]
-    files.make_folder(folder)
-    files.replace_file(path, ("\n".join(lines) + "\n").encode())
-    return {one.row: (_shown(one.shown()), text) for one, text in zip(prompts, texts, strict=True)}
+    """Return a model's greedy answers. They are kept in ``folder`` while they come."""
+    loaded = load(name)
+    decode.check_writes(loaded[0])
+    cast_and_move(loaded[0], precision)
+    advance = partial(report, f"answers of {name}")
+    answers = GreedyAnswers(loaded, prompts, max_new_tokens, folder, advance=advance)
+    answers.check()
+    return {one.row: (one.prompt, one.text) for block in answers.blocks() for one in block}
 
 
 def _common_rows(answers: Sequence[Answers]) -> list[int]:
@@ -211,18 +202,38 @@ def _common_rows(answers: Sequence[Answers]) -> list[int]:
     return rows
 
 
-def _open_judge(judge: str, model: str | None, key_variable: str, precision: str) -> Judge:
+def _open_judge(
+    judge: str, model: str | None, key_variable: str, precision: str, rubric: Rubric | None = None
+) -> Judge:
     if is_address(judge):
         if model is None:
             raise UserError(f"{judge} is a server: name its model with --judge-model NAME")
-        return EndpointJudge(judge, model, key_variable)
+        endpoint = Endpoint(judge, model, key_variable)
+        return EndpointJudge(endpoint) if rubric is None else RubricJudge(EndpointScorer(endpoint, rubric))
     folder = locate(judge, checkpoints=True)
     if head_of(folder) == "score":
+        if rubric is not None:
+            raise UserError(
+                f"--rubric: {judge} is a reward model, which has scores of its own. Leave it out."
+            )
         return RewardModelJudge(judge, folder)
     network, tokenizer = load(judge)
     decode.check_writes(network)
     cast_and_move(network, precision)
+    if rubric is not None:
+        return RubricJudge(LanguageModelScorer(judge, network, tokenizer, rubric))
     return LanguageModelJudge(judge, network, tokenizer)
+
+
+def _check_judge(judge: str, rubric: Rubric | None) -> None:
+    """Raise UserError for a judge on this machine that cannot judge. No weight is loaded."""
+    head = head_of(locate(judge, checkpoints=True))
+    if head not in ("lm", "score"):
+        raise UserError(
+            f"{judge} cannot judge: it neither writes text nor scores answers. Name another --judge."
+        )
+    if head == "score" and rubric is not None:
+        raise UserError(f"--rubric: {judge} is a reward model, which has scores of its own. Leave it out.")
 
 
 def _compare(
@@ -245,7 +256,9 @@ def _compare(
         {"row": rows[place], **asdict(pairs[place]), "outcome": outcomes[place]}
         for place in given[:SHOWN_ROWS]
     ]
+    scores = _scores([one.forward for one in judged])
     return {
+        **({} if scores is None else {"scores": scores}),
         "first": first.name,
         "second": second.name,
         "pairs": len(given),
@@ -262,6 +275,23 @@ def _compare(
     }
 
 
+def _scores(verdicts: Sequence[Verdict]) -> JsonObject | None:
+    """Return the mean scores of both systems and the interval of the paired difference; None without scores.
+
+    Answers that are equal were not scored, and are left out."""
+    known = [one.scores for one in verdicts if one.scores is not None]
+    if not known:
+        return None
+    first, second = (
+        np.stack([np.array(side), np.ones(len(known))], axis=1) for side in zip(*known, strict=True)
+    )
+    difference = comparison.paired_interval(first, second)
+    return {
+        "first": float(first[:, 0].mean()), "second": float(second[:, 0].mean()), "answers": len(known),
+        "difference": _as_dict(difference),
+    }  # fmt: skip
+
+
 def _as_dict(interval: Interval | None) -> JsonObject | None:
     return None if interval is None else asdict(interval)
 
@@ -274,6 +304,12 @@ def _verdict(one: JsonObject, examined: examination.Examination) -> tuple[str, s
     counts = f"{one['second']} won {_percent(rate)} of {one['pairs']} pairs (a tie counts half)"
     if controlled is not None:
         counts += f", {_percent(controlled)} between answers of equal length"
+    if "scores" in one:
+        counts += f"; mean score {one['scores']['first']:.2f} -> {one['scores']['second']:.2f} of 5"
+        if (change := one["scores"]["difference"]) is not None:
+            counts += (
+                f", a difference of {change['value']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})"
+            )
     if not examined.passed:
         return f"no winner is named, because the judge failed its examination; {counts}", None
     sides = {_side(interval) for interval in (rate, controlled) if interval is not None}

@@ -76,11 +76,13 @@ class Pair:
 class Verdict:
     """``first_better``: probability that the first answer is better; None if the judge gave no verdict.
 
-    ``tokens``: prompt and reply tokens that the verdict cost. ``reason``: why there is no verdict."""
+    ``tokens``: prompt and reply tokens that the verdict cost. ``reason``: why there is no verdict. ``scores``: those
+    of both answers, if the judge scores single answers (``judge.rubric``)."""
 
     first_better: float | None
     tokens: int = 0
     reason: str = ""
+    scores: tuple[float, float] | None = None
 
 
 class Judge(Protocol):

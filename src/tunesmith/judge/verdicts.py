@@ -59,9 +59,9 @@ class Cost:
 class Verdicts:
     """The verdicts of one judge in a JSONL file; a run that was interrupted goes on from it.
 
-    A line is {"key", "first_better", "tokens", "reason"}. ``key`` is a hash of the judge's identity and the
-    pair, so a verdict is used again only for the same judge and the same texts. Lines are in the order of the
-    pairs, so the file does not depend on where a run was interrupted.
+    A line is {"key", "first_better", "tokens", "reason"}, with "scores" of a judge by rubric. ``key`` is a hash of
+    the judge's identity and the pair, so a verdict is used again only for the same judge and the same texts. Lines
+    are in the order of the pairs, so the file does not depend on where a run was interrupted.
     """
 
     def __init__(self, judge: Judge, path: Path | None) -> None:
@@ -122,14 +122,18 @@ class Verdicts:
         whole = content[: content.rfind(b"\n") + 1]
         for line in whole.splitlines():
             one: JsonObject = json.loads(line)
-            self._known[one["key"]] = Verdict(one["first_better"], one["tokens"], one["reason"])
+            scores = (one["scores"][0], one["scores"][1]) if "scores" in one else None
+            self._known[one["key"]] = Verdict(one["first_better"], one["tokens"], one["reason"], scores)
         if len(whole) < len(content):
             files.replace_file(path, whole)
 
     def _write(self, key: str, verdict: Verdict) -> None:
         if self.path is None:
             return
-        line = json.dumps({"key": key, **vars(verdict)}, ensure_ascii=False)
+        known = {
+            name: value for name, value in vars(verdict).items() if name != "scores" or value is not None
+        }
+        line = json.dumps({"key": key, **known}, ensure_ascii=False)
         files.make_folder(self.path.parent)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

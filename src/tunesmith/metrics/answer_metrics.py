@@ -1,8 +1,9 @@
 """Metrics of generated answers: overlap with references, length, repetition.
 
-A metric maps an answer and its references to terms, which are added over rows; ``of_sums`` turns the sums into
+A metric maps answers with their references to terms, which are added over rows; ``of_sums`` turns the sums into
 the figure, so that intervals and comparisons (``comparison``) need no answer again. Metrics of overlap lie
-between 0 and 1, BLEU and chrF between 0 and 100, as their libraries print them.
+between 0 and 1, BLEU and chrF between 0 and 100, as their libraries print them. A metric may also be a function of
+the user, named by its import path (``python_metric``).
 
 BLEU and chrF are sacrebleu's, with its default tokenizer "13a" (Post 2018), which splits Korean at spaces.
 ROUGE is rouge-score's, the F-measure of the best reference. Its default tokenizer drops every letter outside
@@ -20,10 +21,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from tunesmith.errors import UserError
 from tunesmith.metrics import squad
 from tunesmith.metrics.sum_functions import OfSums, ratio
-from tunesmith.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -37,75 +36,59 @@ Better = Literal["higher", "lower", "neither"]
 
 @dataclass(frozen=True)
 class Answered:
-    """A generated answer: its text, the accepted answers, its number of tokens, whether a stop token ended it."""
+    """A generated answer: its text, the accepted answers, its number of tokens, whether a stop token ended it.
+
+    ``prompt``: the text that it answers, from row ``row`` of the data."""
 
     text: str
     references: tuple[str, ...] = ()
     tokens: int = 0
     stopped: bool = True
+    prompt: str = ""
+    row: int = 0
 
 
 @dataclass(frozen=True)
 class AnswerMetric:
-    """``terms``: an answer -> its terms, (k,). ``of_sums``: sums of terms (n, k) -> figures (n,)."""
+    """``terms``: answers -> their terms, float64 (rows, k). ``of_sums``: sums of terms (n, k) -> figures (n,).
+
+    ``bounds``: the least and the largest value that the figure can have."""
 
     words: str
     better: Better
-    terms: Callable[[Answered], Sequence[float]]
+    terms: Callable[[Sequence[Answered]], np.ndarray]
     of_sums: OfSums = ratio
     needs_reference: bool = True
-
-
-def of_names(names: Sequence[str]) -> dict[str, AnswerMetric]:
-    """Return the metrics of these names. Raises UserError for an unknown name, with the nearest one."""
-    known = table()
-    for name in names:
-        if name not in known:
-            raise UserError(f"there is no metric {name!r}. {did_you_mean(name, known)}")
-    return {name: known[name] for name in names}
-
-
-def terms(metric: AnswerMetric, answers: Sequence[Answered]) -> np.ndarray:
-    """Return the terms (rows, k) of ``answers``."""
-    return np.array([metric.terms(answer) for answer in answers], np.float64)
+    bounds: tuple[float, float] = (0.0, 1.0)
 
 
 @cache
 def table() -> dict[str, AnswerMetric]:
     """Return all metrics by name, in the order in which they are shown."""
+    overlap = {
+        "exact_match": ("share of answers equal to a reference", _exact),
+        "token_f1": ("F1 of words", _token_f1),
+        **{f"rouge{kind}": (f"ROUGE-{kind}, F-measure", _rouge(f"rouge{kind}")) for kind in "12L"},
+    }
+    alone: dict[str, tuple[str, Better, Callable[[Answered], float], float]] = {
+        "stopped": ("share ended by a stop token", "higher", lambda one: float(one.stopped), 1.0),
+        "length": ("tokens of an answer", "neither", lambda one: float(one.tokens), np.inf),
+        "repetition": ("share of 4-grams seen before in the answer", "lower", _repetition, 1.0),
+    }
+    percent = (0.0, 100.0)
     return {
-        "exact_match": AnswerMetric("share of answers equal to a reference", "higher", _mean(_exact)),
-        "token_f1": AnswerMetric("F1 of words", "higher", _mean(_token_f1)),
-        "rouge1": AnswerMetric("ROUGE-1, F-measure", "higher", _mean(_rouge("rouge1"))),
-        "rouge2": AnswerMetric("ROUGE-2, F-measure", "higher", _mean(_rouge("rouge2"))),
-        "rougeL": AnswerMetric("ROUGE-L, F-measure", "higher", _mean(_rouge("rougeL"))),
-        "bleu": AnswerMetric("BLEU of the corpus", "higher", lambda one: _statistics(_bleu(), one),
-            lambda sums: _of_statistics(_bleu(), sums),
-        ),
-        "chrf": AnswerMetric("chrF2 of the corpus", "higher", lambda one: _statistics(_chrf(), one),
-            lambda sums: _of_statistics(_chrf(), sums),
-        ),
-        "stopped": AnswerMetric(
-            "share ended by a stop token", "higher", _mean(lambda one: float(one.stopped)), needs_reference=False
-        ),
-        "length": AnswerMetric(
-            "tokens of an answer", "neither", _mean(lambda one: float(one.tokens)), needs_reference=False
-        ),
-        "repetition": AnswerMetric(
-            "share of 4-grams seen before in the answer", "lower", _mean(_repetition), needs_reference=False
-        ),
-    }  # fmt: skip
+        **{name: AnswerMetric(words, "higher", _mean(value)) for name, (words, value) in overlap.items()},
+        "bleu": AnswerMetric("BLEU of the corpus", "higher", *_corpus(_bleu), bounds=percent),
+        "chrf": AnswerMetric("chrF2 of the corpus", "higher", *_corpus(_chrf), bounds=percent),
+        **{
+            name: AnswerMetric(words, better, _mean(value), needs_reference=False, bounds=(0.0, most))
+            for name, (words, better, value, most) in alone.items()
+        },
+    }
 
 
-def distinct(answers: Sequence[Answered], length: int) -> float:
-    """Return distinct-n: the share of different n-grams of words in all answers (Li et al. 2016,
-    arXiv:1510.03055). It is no sum over rows, so it has no interval, and it falls with the number of rows."""
-    found = [gram for one in answers for gram in _grams(one.text, length)]
-    return len(set(found)) / len(found) if found else 0.0
-
-
-def _mean(value: Callable[[Answered], float]) -> Callable[[Answered], Sequence[float]]:
-    return lambda answer: (value(answer), 1.0)
+def _mean(value: Callable[[Answered], float]) -> Callable[[Sequence[Answered]], np.ndarray]:
+    return lambda answers: np.array([(value(one), 1.0) for one in answers], np.float64).reshape(-1, 2)
 
 
 def _exact(answer: Answered) -> float:
@@ -116,13 +99,13 @@ def _token_f1(answer: Answered) -> float:
     return squad.f1(answer.text, answer.references)
 
 
-def _grams(text: str, length: int) -> list[tuple[str, ...]]:
+def word_grams(text: str, length: int) -> list[tuple[str, ...]]:
     words = text.split()
     return [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
 
 
 def _repetition(answer: Answered) -> float:
-    grams = _grams(answer.text, REPEATED)
+    grams = word_grams(answer.text, REPEATED)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -162,12 +145,20 @@ def _chrf() -> CHRF:
     return CHRF()
 
 
+def _corpus(score: Callable[[], BLEU | CHRF]) -> tuple[Callable[[Sequence[Answered]], np.ndarray], OfSums]:
+    """Return ``terms`` and ``of_sums`` of a score that sacrebleu computes from statistics of a whole corpus."""
+
+    def terms(answers: Sequence[Answered]) -> np.ndarray:
+        return np.array([_statistics(score(), one) for one in answers], np.float64)
+
+    def of_sums(sums: np.ndarray) -> np.ndarray:
+        return np.array([score()._compute_score_from_stats([int(one) for one in row]).score for row in sums])
+
+    return terms, of_sums
+
+
 def _statistics(metric: BLEU | CHRF, answer: Answered) -> Sequence[float]:
     """Return what sacrebleu adds over the rows of a corpus. It has no public function for this."""
     references = [[text] for text in answer.references or ("",)]
     (found,) = metric._extract_corpus_statistics([answer.text], references)
     return [float(value) for value in found]
-
-
-def _of_statistics(metric: BLEU | CHRF, sums: np.ndarray) -> np.ndarray:
-    return np.array([metric._compute_score_from_stats([int(one) for one in row]).score for row in sums])

@@ -7,35 +7,39 @@ other (Miller, Adding Error Bars to Evals, arXiv:2411.00640, section 2.2).
 The p value is that of approximate randomisation (Noreen 1989): if the systems are equally good, the results of
 a cluster may as well be exchanged. For a share of correct rows this is McNemar's test. The interval of a ratio
 uses the cluster-robust standard error of a ratio (Cochran, Sampling Techniques, 1977, eq. 6.10) and Student's
-t; the interval of any other figure is that of a bootstrap over clusters. Random numbers are seeded.
+t, that of a share of rows is Wilson's, and that of any other figure comes from a bootstrap over clusters. Random
+numbers are seeded. Fewer than ``FEWEST`` clusters have no interval: their spread says too little about others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from tunesmith.metrics.intervals import LEVEL, Interval, ends, figure_ends
+from tunesmith.metrics.intervals import LEVEL, Interval, ends, figure_ends, wilson
 from tunesmith.metrics.sum_functions import OfSums, ratio
 
 EXCHANGES = 9999
 """Random exchanges of a test: the smallest p value is 1 / 10,000."""
 DRAWS = 1000
 POWER = 0.8
-_AT_ONCE = 4_000_000
-"""Random numbers in memory at once."""
+FEWEST = 10
+"""Clusters that an interval needs."""
+_AT_ONCE = 200_000
+"""Random numbers in memory at once, so that memory does not grow with the rows."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The figure of the second system minus that of the first."""
+    """The figure of the second system minus that of the first. ``low`` and ``high`` are None for fewer than
+    ``FEWEST`` clusters."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     """Probability of a difference at least this large if the systems are equally good."""
     rows: int
@@ -53,18 +57,45 @@ def interval(
 ) -> Interval | None:
     """Return the figure of ``terms`` (rows, k) with its 95% interval.
 
-    ``clusters``: the cluster of each row; None = each row is its own. None for fewer than two clusters or
+    ``clusters``: the cluster of each row; None = each row is its own. None for fewer than ``FEWEST`` clusters or
     a figure that is not defined.
     """
     summed = _by_cluster(terms, clusters)
-    value = float(of_sums(summed.sum(axis=0, keepdims=True))[0])
-    if len(summed) < 2 or not np.isfinite(value):
+    value = _figure(summed, of_sums)
+    if len(summed) < FEWEST or not np.isfinite(value):
         return None
-    if of_sums is ratio:
-        half = _t(len(summed)) * _error(_influences(summed))
-        return Interval(value, value - half, value + half, len(terms))
-    drawn = of_sums(np.concatenate([block @ summed for block in _counts(len(summed))]))
-    return Interval(value, *figure_ends(of_sums, value, drawn), len(terms))
+    if of_sums is not ratio:
+        drawn = of_sums(np.concatenate([block @ summed for block in _counts(len(summed))]))
+        return Interval(value, *figure_ends(of_sums, value, drawn), len(terms))
+    if np.isin(summed[:, 0], (0, 1)).all() and (summed[:, 1] == 1).all():
+        return Interval(value, *wilson(value, len(summed)), len(terms))
+    half = _t(len(summed)) * _error(_influences(summed))
+    return Interval(value, value - half, value + half, len(terms))
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """Two systems by cluster: the difference of their figures, its standard error and its interval."""
+
+    before: np.ndarray
+    after: np.ndarray
+    value: float
+    error: float
+    low: float | None
+    high: float | None
+
+
+def paired_interval(
+    first: np.ndarray,
+    second: np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    of_sums: OfSums = ratio,
+) -> Interval | None:
+    """Return the figure of ``second`` minus that of ``first`` with its interval, as ``difference`` does."""
+    found = _pair(first, second, clusters, of_sums)
+    if found is None or found.low is None or found.high is None:
+        return None
+    return Interval(found.value, found.low, found.high, len(first))
 
 
 def difference(
@@ -78,10 +109,22 @@ def difference(
     None for fewer than two clusters or a figure that is not defined. Systems with equal terms have a
     difference of 0, the interval [0, 0] and p = 1. Raises ValueError if the shapes differ.
     """
+    found = _pair(first, second, clusters, of_sums)
+    if found is None:
+        return None
+    quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
+    p = _exchange_p(found.before, found.after, of_sums, abs(found.value))
+    detectable = float(quantiles * found.error)
+    return Difference(found.value, found.low, found.high, p, len(first), len(found.before), detectable)
+
+
+def _pair(
+    first: np.ndarray, second: np.ndarray, clusters: Sequence[Hashable] | None, of_sums: OfSums
+) -> _Paired | None:
     if first.shape != second.shape:
         raise ValueError(f"the systems have terms of shapes {first.shape} and {second.shape}")
     before, after = _by_cluster(first, clusters), _by_cluster(second, clusters)
-    figures = [float(of_sums(summed.sum(axis=0, keepdims=True))[0]) for summed in (before, after)]
+    figures = [_figure(summed, of_sums) for summed in (before, after)]
     if len(before) < 2 or not np.isfinite(figures).all():
         return None
     value = figures[1] - figures[0]
@@ -90,13 +133,13 @@ def difference(
         half = _t(len(before)) * error
         low, high = value - half, value + half
     else:
-        counts = list(_counts(len(before)))
+        counts = _counts(len(before))
         drawn = np.concatenate([of_sums(block @ after) - of_sums(block @ before) for block in counts])
         error = float(np.nanstd(drawn))
         low, high = ends(of_sums, value, drawn)
-    quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
-    p = _exchange_p(before, after, of_sums, abs(value))
-    return Difference(value, low, high, p, len(first), len(before), float(quantiles * error))
+    if len(before) < FEWEST:
+        return _Paired(before, after, value, error, None, None)
+    return _Paired(before, after, value, error, low, high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -108,6 +151,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(p_values))
     adjusted[order] = raised
     return [float(value) for value in adjusted]
+
+
+def _figure(summed: np.ndarray, of_sums: OfSums) -> float:
+    return float(of_sums(summed.sum(axis=0, keepdims=True))[0])
 
 
 def _by_cluster(terms: np.ndarray, clusters: Sequence[Hashable] | None) -> np.ndarray:
@@ -138,14 +185,13 @@ def _t(clusters: int) -> float:
     return float(stats.t.ppf((1 + LEVEL) / 2, clusters - 1))
 
 
-def _counts(clusters: int) -> list[np.ndarray]:
-    """Return blocks (draws, clusters): how often each draw of a bootstrap holds each cluster."""
+def _counts(clusters: int) -> Iterator[np.ndarray]:
+    """Yield blocks (draws, clusters): how often each draw of a bootstrap holds each cluster."""
     generator = np.random.default_rng(0)
     step = max(1, _AT_ONCE // clusters)
-    sizes = [min(step, DRAWS - start) for start in range(0, DRAWS, step)]
-    return [
-        generator.multinomial(clusters, np.full(clusters, 1 / clusters), size).astype(float) for size in sizes
-    ]
+    for start in range(0, DRAWS, step):
+        size = min(step, DRAWS - start)
+        yield generator.multinomial(clusters, np.full(clusters, 1 / clusters), size).astype(float)
 
 
 def _exchange_p(before: np.ndarray, after: np.ndarray, of_sums: OfSums, seen: float) -> float:

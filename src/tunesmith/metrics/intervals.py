@@ -74,7 +74,7 @@ def of_figure(figure: RowFigure) -> Interval | None:
     if not np.isfinite(value):
         return None
     if figure.function == "ratio" and np.isin(terms[:, 0], (0, 1)).all() and (terms[:, 1] == 1).all():
-        low, high = _wilson(value, len(terms))
+        low, high = wilson(value, len(terms))
     else:
         drawn = np.concatenate([_figures(figure.function, counts @ terms) for counts in _draws(len(terms))])
         low, high = figure_ends(FUNCTIONS[figure.function], value, drawn)
@@ -148,7 +148,7 @@ def _middle(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _wilson(share: float, rows: int) -> tuple[float, float]:
+def wilson(share: float, rows: int) -> tuple[float, float]:
     """Return the score interval of Wilson 1927 (Brown, Cai and DasGupta 2001, equation 4)."""
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)

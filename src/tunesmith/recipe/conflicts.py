@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
-from tunesmith import adaptations, objectives
+from tunesmith import adaptations, objectives, user_functions
 from tunesmith.data.data_config import DataConfig, Source
 from tunesmith.data.read.source import eval_sources
-from tunesmith.data.rows import Chat, Labelled
+from tunesmith.data.rows import Chat, Labelled, Text
 from tunesmith.recipe.schema import Recipe, changed
 from tunesmith.suggestions import did_you_mean
 from tunesmith.train.train_config import SampleConfig, TrainConfig
@@ -41,6 +41,7 @@ def conflicts(recipe: Recipe) -> list[str]:
         *_objective_rules(recipe, sources),
         *_data_rules(data, sources, holds_out),
         *_train_rules(recipe.train, holds_out),
+        *_answer_rules(recipe, sources, holds_out),
         *_figure_rules(recipe, holds_out),
         *_sample_rules(recipe.samples),
     ]
@@ -124,11 +125,48 @@ def _data_rules(data: DataConfig, sources: Mapping[str, Source], holds_out: bool
     ]
 
 
+def _answer_rules(recipe: Recipe, sources: Mapping[str, Source], holds_out: bool) -> list[Rule]:
+    name, held_out = objectives.name_of(recipe.objective), recipe.data.eval
+    traits: objectives.Traits = objectives.module(name).Objective.traits
+    key = "task" if recipe.task and not held_out.generate else "data.eval.generate"
+    asked = held_out.generate or recipe.task
+    streamed = any(source.streaming for source in (eval_sources(recipe.data) or sources).values())
+    return [
+        (asked and traits.head != "lm", f"{key}: a model of {name} writes no text. Leave it out"),
+        (asked and traits.rows == (Text,), f"{key}: {name} learns from documents, which have no prompts to answer. Leave it out"),
+        (asked and not holds_out, f"{key} does nothing: no row is held out (data.eval.fraction is 0)"),
+        (asked and streamed, f"{key}: a stream is read once, and its prompts would be read again. Set streaming: false"),
+        *((True, message) for message in _unknown_metrics(recipe.answer_metrics)),
+    ]
+
+
+def _unknown_metrics(names: Sequence[str]) -> list[str]:
+    """Return a message for each name of a metric that is unknown, or a function's path that is none."""
+    if not names:
+        return []
+    from tunesmith.metrics import answer_metrics, python_metric  # they load SciPy
+
+    known = answer_metrics.table()
+    found: list[str] = []
+    for name in names:
+        try:
+            user_functions.check_path(name if ":" in name else "m:f", python_metric.EXAMPLE)
+        except ValueError as error:
+            found.append(f"data.eval.generate.metrics: {error}")
+        if ":" not in name and name not in known:
+            found.append(f"data.eval.generate.metrics: there is no metric {name!r}. {did_you_mean(name, known)}")
+    return found
+
+
 def _figure_rules(recipe: Recipe, holds_out: bool) -> list[Rule]:
     name, figure = objectives.name_of(recipe.objective), recipe.train.best_figure
-    reported = objectives.module(name).Objective.traits.figures
-    of_sets = [f"eval_{one}_{key.removeprefix('eval_')}" for one in recipe.data.eval.sets or () for key in reported]
+    answered = [f"eval_answer_{one.rpartition(':')[2]}" for one in recipe.answer_metrics]
+    reported = (*objectives.module(name).Objective.traits.figures, *answered)
+    of_sets = [f"eval_{one}_{key.removeprefix('eval_')}" for one in recipe.data.eval.sets or () for key in reported
+               if key not in answered]
     valid = [key.removeprefix("eval_") for key in (*reported, *of_sets)]
+    if _unknown_metrics(recipe.answer_metrics):  # reported; the name of the figure is wrong in the same way
+        return []
     return [
         (figure and not holds_out, "train.metric_for_best_model does nothing: no row is held out (data.eval.fraction is 0)"),
         (figure and figure not in (*reported, *of_sets),

@@ -11,8 +11,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tunesmith import adaptations, objectives
-from tunesmith.data.data_config import DataConfig, Source
+from tunesmith.data.data_config import DataConfig, GenerateConfig, Source
+from tunesmith.data.read.source import eval_sources
 from tunesmith.json_types import JsonObject
+from tunesmith.metrics import tasks
+from tunesmith.metrics.tasks import Task
 from tunesmith.train.train_config import SampleConfig, TrainConfig
 
 DEFAULT_OBJECTIVE = "sft"
@@ -40,6 +43,9 @@ class Recipe(BaseModel):
     trust_remote_code: bool = Field(
         False, description="run the Python files that came with the model, in this run only"
     )
+    task: Task | None = Field(
+        None, description="what the answers are: chooses the figures of answers to held-out prompts"
+    )
     objective: Any = Field(description="what the loss is")
     adaptation: Any = Field(description="which weights are trained")
     data: DataConfig
@@ -56,6 +62,18 @@ class Recipe(BaseModel):
         if not all(token.strip() for token in tokens):
             raise ValueError("a token that is empty or only spaces cannot be added")
         return tokens
+
+    @property
+    def generate(self) -> GenerateConfig | None:
+        """The answers at every evaluation: ``data.eval.generate``, or its defaults if the recipe names a task."""
+        if self.data.eval.generate is not None or self.task is None:
+            return self.data.eval.generate
+        return GenerateConfig() if eval_sources(self.data) or self.data.eval.fraction else None
+
+    @property
+    def answer_metrics(self) -> list[str]:
+        """Names of the figures of these answers."""
+        return list(self.generate.metrics or tasks.metrics_of(self.task)) if self.generate else []
 
     @property
     def default_learning_rate(self) -> float:

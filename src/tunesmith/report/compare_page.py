@@ -14,7 +14,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
 from tunesmith.report.pages import Tile
 from tunesmith.report.task_page import Picture, Piece
-from tunesmith.runs.figure_format import count, label, number
+from tunesmith.runs.figure_format import count, interval_text, label, number
 
 _WORDS = {True: "better", False: "worse", None: "no difference seen"}
 
@@ -26,14 +26,6 @@ def write(folder: str | Path, result: JsonObject) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for number_, pair in enumerate(result["pairs"], 1):
-        figure = charts.differences({label(name): one for name, one in pair["figures"].items()})
-        caption = f"{pair['second']} minus {pair['first']}, in half-widths of the 95% interval"
-        detail = "A bar that does not touch zero is a difference that chance alone seldom makes"
-        picture = Picture(f"differences-{number_}", caption, charts.png(figure), detail)
-        replace_file(folder / f"{picture.name}.png", picture.png)
-        pictures.append(picture)
     return pages.save(
         folder / "compare.html",
         "compare.html",
@@ -45,17 +37,29 @@ def write(folder: str | Path, result: JsonObject) -> Path:
         pairs=[
             {
                 "names": f"{pair['first']} → {pair['second']}",
+                "picture": _picture(folder, number_, pair),
                 "figures": [_difference(name, one) for name, one in pair["figures"].items()],
                 "changed": [
                     ("Rows that got worse most", [_row(pair, row) for row in pair["worse_rows"]]),
                     ("Rows that got better most", [_row(pair, row) for row in pair["better_rows"]]),
                 ],
             }
-            for pair in result["pairs"]
+            for number_, pair in enumerate(result["pairs"], 1)
         ],
-        pictures=pictures,
         data=f"{result['rows']:,} rows of {result['data']} with {result['prompts']:,} different prompts",
     )
+
+
+def _picture(folder: Path, number_: int, pair: JsonObject) -> Picture | None:
+    """Draw the differences of a pair, and write them as a PNG; None if none of them has an interval."""
+    known = {label(name): one for name, one in pair["figures"].items() if one["low"] is not None}
+    if not known:
+        return None
+    caption = f"{pair['second']} minus {pair['first']}, in half-widths of the 95% interval"
+    detail = "A bar that does not touch zero is a difference that chance alone seldom makes"
+    picture = Picture(f"differences-{number_}", caption, charts.png(charts.differences(known)), detail)
+    replace_file(folder / f"{picture.name}.png", picture.png)
+    return picture
 
 
 def _tiles(result: JsonObject) -> list[Tile]:
@@ -66,7 +70,7 @@ def _tiles(result: JsonObject) -> list[Tile]:
         if one is None:
             continue
         trend = {True: "good", False: "bad", None: ""}[one["better"]]
-        change = f"{one['value']:+.4g} ({number(one['low'])} to {number(one['high'])})"
+        change = f"{one['value']:+.4g} ({interval_text(one)})"
         note = f"{pair['second']}: {_WORDS[one['better']]}"
         tiles.append(
             Tile(label(result["decides"]), number(one["after"]), note, number(one["before"]), change, trend)
@@ -77,8 +81,7 @@ def _tiles(result: JsonObject) -> list[Tile]:
 def _system(system: JsonObject) -> JsonObject:
     figures = {}
     for name, one in system["figures"].items():
-        around = f" ({number(one['low'])} to {number(one['high'])})" if "low" in one else ""
-        figures[label(name)] = number(one["value"]) + around
+        figures[label(name)] = f"{number(one['value'])} ({interval_text(one)})"
     return {
         "model": system["name"], "parameters": count(system["parameters"]), "size": count(system["bytes"]) + "B",
         "tokens/s": number(system["tokens_per_second"]), **figures,
@@ -88,7 +91,7 @@ def _system(system: JsonObject) -> JsonObject:
 def _difference(name: str, one: JsonObject) -> JsonObject:
     return {
         "figure": label(name), "before": number(one["before"]), "after": number(one["after"]),
-        "difference": number(one["value"]), "95% interval": f"{number(one['low'])} to {number(one['high'])}",
+        "difference": number(one["value"]), "95% interval": interval_text(one),
         "p": f"{one['p']:.2g}", "": _WORDS[one["better"]], "visible from": number(one["detectable"]),
     }  # fmt: skip
 

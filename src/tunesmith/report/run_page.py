@@ -20,11 +20,12 @@ from tunesmith.errors import DataError
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages, task_page
+from tunesmith.report.answer_section import answer_rows
 from tunesmith.report.curves import Curve, Plot, Points, plot
 from tunesmith.report.data_section import data_values, grave_notes, mapping
 from tunesmith.report.pages import Tile, heading
 from tunesmith.report.rollout_plots import rollout_plots
-from tunesmith.runs import assessment, figure_format, metrics_file, overfit
+from tunesmith.runs import answer_assessment, assessment, figure_format, metrics_file, overfit
 from tunesmith.runs.figure_format import (
     change_text,
     count,
@@ -55,6 +56,7 @@ class _Run:
     rollouts: list[JsonObject]
     samples: list[JsonObject]
     examples: JsonObject
+    worst_answers: list[JsonObject]
     problems: list[str] = field(default_factory=list)  # files that could not be read
 
     def part(self, key: str) -> JsonObject:
@@ -133,6 +135,10 @@ def _read(folder: Path) -> _Run:
         rollouts=[one for one in records if one.get("kind") == "rollout"],
         samples=read("samples.jsonl", metrics_file.read, nothing),
         examples=mapping(assessment.read(folder).get("examples")),
+        worst_answers=mapping(mapping(assessment.read(folder).get("after")).get("answers_to_prompts")).get(
+            "worst"
+        )
+        or [],
         problems=problems,
     )
 
@@ -161,6 +167,10 @@ def page_values(run: _Run) -> JsonObject:
         "loss": plot("Loss", _losses(run)),
         "small_plots": _small_plots(run),
         "prompts": _prompts(run),
+        "answer_rows": answer_rows(
+            run.part("result"), mapping(mapping(run.part("result").get("assessment")).get("figures"))
+        ),
+        "worst_answers": _worst_answers(run),
         "examples": _examples(run),
         "data": data_values(run.part("data")) if run.part("data") else None,
         "recipe": run.recipe,
@@ -179,7 +189,8 @@ def _tiles(run: _Run) -> list[Tile]:
         result = run.figure(key)
         return so_far if result is None else result
 
-    tiles = [tile for name in run.figure_names if (tile := _before_after(run, name))]
+    figures = [name for name in run.figure_names if not name.startswith(answer_assessment.PREFIX)]
+    tiles = [tile for name in figures if (tile := _before_after(run, name))]
     steps = known("steps", max(values("step"), default=None))
     if steps is not None:
         epoch, seconds = (run.train[-1] if run.train else {}).get("epoch"), run.figure("train_seconds")
@@ -366,6 +377,16 @@ def _prompt(text: str, samples: Sequence[JsonObject], best_step: float | None) -
         compared.append(Answer("reference", "reference, from the data", str(reference)))
     between = [_answer("between", one) for one in samples if one is not first and one is not last]
     return Prompt(text, compared, between)
+
+
+def _worst_answers(run: _Run) -> list[Prompt]:
+    """Return the worst answers to held-out prompts, each next to the answer in the data."""
+    shown = []
+    for one in run.worst_answers:
+        sides = [Answer("after", f"answer, row {one['row']}", str(one["answer"]))]
+        sides += [Answer("reference", "reference, from the data", text) for text in one["references"]]
+        shown.append(Prompt(str(one["prompt"]), sides, []))
+    return shown
 
 
 def _answer(kind: str, sample: JsonObject) -> Answer:

@@ -7,7 +7,6 @@ run with a RewardError.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import Field
 
+from tunesmith import user_functions
 from tunesmith.data.row_problems import RowFault, shorten
 from tunesmith.data.rows import Prompt
 from tunesmith.errors import RecipeError, RewardError
-from tunesmith.models.network import attribute
 from tunesmith.rollout.checked_answers import JsonSchemaReward, MathReward
 from tunesmith.rollout.python_reward import PythonReward
 from tunesmith.rollout.reward_config import Completion, RewardKeys, Scorer
@@ -126,25 +125,14 @@ def _names(configs: Sequence[RewardKeys], place: str) -> tuple[str, ...]:
 
 def _checked(values: object, answers: Sequence[Completion], name: str) -> np.ndarray:
     """``values`` as float64 (n,). Raises RewardError unless it is one finite number for each answer."""
-    tolist = attribute(values, "tolist")  # of an array or a tensor
-    listed = values if tolist is None else tolist()
-    if not isinstance(listed, list | tuple):
-        raise RewardError(
-            f"reward {name}: expected a list of {len(answers)} numbers, one for each answer, got {_kind(values)}"
-        )
-    if len(listed) != len(answers):
-        raise RewardError(
-            f"reward {name}: expected {len(answers)} numbers, one for each answer, got {len(listed)}"
-        )
-    for value, answer in zip(listed, answers, strict=True):
-        item = attribute(value, "item")  # of a number of NumPy or torch
-        number = value if item is None else item()
-        if not isinstance(number, int | float) or not abs(number) <= sys.float_info.max:
-            raise RewardError(
-                f"reward {name}: expected a finite number for each answer, got {shorten(value)} for {answer.name}: "
-                f"{shorten(answer.text, 200)}"
-            )
-    return np.array([float(value) for value in listed], np.float64)
+    try:
+        return np.array(user_functions.numbers(values, len(answers)), np.float64)
+    except user_functions.NotNumbersError as problem:
+        found = _kind(problem.found) if problem.found is values else str(problem.found)
+        if problem.place is not None:
+            answer = answers[problem.place]
+            found = f"{shorten(problem.found)} for {answer.name}: {shorten(answer.text, 200)}"
+        raise RewardError(f"reward {name}: expected {problem.expected}, got {found}") from None
 
 
 def _kind(value: object) -> str:

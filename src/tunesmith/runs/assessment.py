@@ -17,6 +17,7 @@ from tunesmith import files
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import intervals
 from tunesmith.metrics.intervals import Interval, RowFigure, RowValues
+from tunesmith.runs import answer_assessment
 from tunesmith.runs.figure_format import change_text, label, lower_is_better, number
 
 FILE = "held_out.json"
@@ -110,6 +111,9 @@ def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObjec
         figures[name] = {**known, "change": change, "baseline": _baseline(after, name, figure)}
     for name, one in after["baselines"].items():  # figures without terms by row, such as AUROC
         figures.setdefault(name, {"baseline": {"words": one["words"], "value": one["value"]}})
+    if "answers_to_prompts" in after:
+        old = (before or {}).get("answers_to_prompts")
+        figures |= answer_assessment.assess(after["answers_to_prompts"], old)
     return {"verdict": [*_change_verdict(figures, best), *_baseline_verdict(figures, best), *after["remarks"]],
             "figures": figures}  # fmt: skip
 

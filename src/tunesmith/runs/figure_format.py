@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeGuard
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -105,12 +105,31 @@ def change_text(change: Mapping[str, float]) -> str:
     return f"{change['value']:+.3g} ({change['low']:+.3g} to {change['high']:+.3g})"
 
 
+TOO_FEW = "too few for an interval"
+
+
+def interval_text(one: Mapping[str, Any], form: Callable[[float], str] = number) -> str:
+    """Return ``0.31 to 0.47``, or that a figure or a difference is over too few rows to have an interval.
+
+    A figure that never has one, such as distinct-n, has no ``rows`` and no text."""
+    if one.get("low") is not None:
+        return f"{form(one['low'])} to {form(one['high'])}"
+    return TOO_FEW if "rows" in one or "difference" in one else ""
+
+
+def signed(value: float) -> str:
+    """A difference with three digits: +0.329, -12.1."""
+    return f"{value:+.3g}"
+
+
 def lower_is_better(name: str) -> bool | None:
     """Return whether a lower value of this evaluation figure is better; None where neither is better."""
-    neither = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
+    if name.endswith("answer_stopped"):
+        return False
+    neither = ("answer_length", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
     if name.endswith((*neither, "response_length", "stopped")):
         return None
-    return name.endswith(("loss", "perplexity", "mse", "mae", "error"))
+    return name.endswith(("loss", "perplexity", "mse", "mae", "error", "answer_repetition"))
 
 
 def is_number(value: object) -> TypeGuard[float]:

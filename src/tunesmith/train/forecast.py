@@ -293,7 +293,17 @@ def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: fast_path.FastPath
         with fast_path.plain_attention(job.model, chosen):
             samples.answer(job.model, ready.tokenizer, prompts, config.max_new_tokens)
         seconds += time.perf_counter() - started
-    return seconds
+    return seconds + _answer_seconds(ready)
+
+
+def _answer_seconds(ready: setup.Setup) -> float:
+    """Return the seconds of the answers to held-out prompts, extrapolated from some of them."""
+    if ready.prompts is None:
+        return 0.0
+    some = ready.prompts.requests[:EVALUATED]
+    started = time.perf_counter()
+    ready.session.sample(some)
+    return (time.perf_counter() - started) * len(ready.prompts.requests) / len(some)
 
 
 def _forward_seconds(job: Job, step: Step) -> float:

@@ -18,6 +18,7 @@ from tunesmith.report import run_page
 from tunesmith.runs import assessment, metrics_file, overfit
 from tunesmith.runs.figure_format import figure_names
 from tunesmith.train import distributed, evaluation, examples, plain_copy, setup
+from tunesmith.train.held_out_answers import AnswerEvaluation
 from tunesmith.train.loop import Job, Progression
 from tunesmith.train.run_state import Run
 
@@ -127,11 +128,15 @@ def finish(
     return result
 
 
-def keep_evaluation(run: Run, step: int, best: bool, records: Sequence[JsonObject]) -> None:
+def keep_evaluation(
+    run: Run, step: int, best: bool, records: Sequence[JsonObject], answers: AnswerEvaluation | None
+) -> None:
     """Save each row's terms of the figures in the run folder, if the evaluation is the first or the best."""
     if best or step == 0:
         objective = run.setup.objective
         kept = evaluation.measured(objective, records, step)
+        if answers is not None:
+            kept["answers_to_prompts"] = answers.kept()
         if best:
             kept["answers"] = examples.select(objective.answers(records), EXAMPLES)
         assessment.keep(run.folder.path, "after" if best else "before", kept)

@@ -33,6 +33,7 @@ from tunesmith.train import (
     fast_path,
     forecast,
     frozen_body_cache,
+    held_out_answers,
     loop,
     memory_budget,
     outcome,
@@ -349,6 +350,8 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
         run.model, ready.objective, ready.data.eval, run.fast_path.layout, budget, ready.device,
         ready.data.eval_sets, choose_threshold=True, session=ready.session,
     )  # fmt: skip
+    answers = held_out_answers.evaluate(ready.session, ready.prompts) if ready.prompts else None
+    figures |= answers.figures if answers else {}
     seconds = time.perf_counter() - started
     name, direction = evaluation.deciding_figure(ready.recipe.train, ready.objective.traits)
     evaluation.check_reported(name, figures)
@@ -360,7 +363,7 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
     record: JsonObject = {"kind": "eval", "step": position.step, "epoch": epoch, **figures}
     record |= {"best": best, "seconds": seconds, "time": time.time()}
     if run.main:
-        outcome.keep_evaluation(run, position.step, best, records)
+        outcome.keep_evaluation(run, position.step, best, records, answers)
         run.metrics.append(record)
         run.trackers.log(record)
         run.progress.evaluation(record)

@@ -109,6 +109,7 @@ def _trained_with(run: Run) -> JsonObject:
         "objective": recipe.resolved()["objective"],
         "readings": [reading for reading in readings if reading],
         "rows": list(run.setup.data.kinds),
+        **({"task": recipe.task} if recipe.task else {}),
         "max_length": recipe.train.max_length,
         "start": {
             "model": recipe.model,

@@ -36,9 +36,11 @@ from tunesmith.train import (
     distributed,
     evaluation,
     fast_path,
+    held_out_answers,
     optimizers,
     precision,
 )  # fmt: skip
+from tunesmith.train.held_out_answers import HeldOutPrompts
 from tunesmith.train.master_weights import Masters, TrainedWeights
 from tunesmith.train.meta_model import Outline, build_outline, window_of
 from tunesmith.train.reference import Reference
@@ -90,6 +92,8 @@ class Setup(Base):
     session: RunSession
     reference: Reference | None
     """Log-probabilities of the policy at step 0, if the objective compares with them."""
+    prompts: HeldOutPrompts | None = None
+    """Held-out prompts that the model answers at every evaluation."""
     time_planned: bool = False
     """True once ``train.time_plan`` has chosen the number of steps."""
 
@@ -210,6 +214,7 @@ def plan_steps(base: Base, data: Prepared, steps: int | None) -> Setup:
     return Setup(
         **vars(base), data=data, source=source, session=session, reference=reference,
         time_planned=steps is not None,
+        prompts=held_out_answers.choose(recipe, data, base.tokenizer, base.window),
     )  # fmt: skip
 
 

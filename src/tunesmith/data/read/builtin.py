@@ -23,7 +23,9 @@ from tunesmith.suggestions import did_you_mean
 PREFIX = "builtin:"
 MAKERS = "tunesmith.synth.python"
 
-SAME_NAME = ("docstrings", "instructions", "judged", "classify", "multilabel", "tag", "qa")
+SAME_NAME = (
+    "docstrings", "instructions", "summaries", "translations", "judged", "classify", "multilabel", "tag", "qa",
+)  # fmt: skip
 KINDS = {"preference": "preferences", **{kind: kind for kind in SAME_NAME}}
 NAMES = {f"{PREFIX}{name}": (kind, "en") for name, kind in KINDS.items()}
 NAMES |= {f"{PREFIX}{name}-ko": (kind, "ko") for name, kind in KINDS.items()}

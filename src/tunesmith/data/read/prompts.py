@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import heapq
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tunesmith.data.data_config import Source
@@ -44,6 +46,19 @@ class AskedPrompt:
             shown["tools"] = list(self.prompt.tools)
         return shown if self.reference is None else {**shown, "reference": _shown(self.reference)}
 
+    def reference_text(self) -> str | None:
+        """Return the answer in the data as one text; None if there is none, or it is empty."""
+        if self.reference is None:
+            return None
+        shown = _shown(self.reference)
+        text = shown if isinstance(shown, str) else joined_turns(shown)
+        return text if text.strip() else None
+
+    def text(self) -> str:
+        """Return the prompt as one text."""
+        shown = self.shown()
+        return shown if isinstance(shown, str) else joined_turns(shown)
+
     def shown(self) -> str | list[Message]:
         """Return the text of a prompt; its turns if there are several or there are tools."""
         if isinstance(self.prompt, str):
@@ -52,6 +67,11 @@ class AskedPrompt:
             return self.prompt.text
         alone = len(self.prompt.messages) == 1 and not self.prompt.tools
         return str(self.prompt.messages[0]["content"]) if alone else list(self.prompt.messages)
+
+
+def joined_turns(turns: Sequence[Mapping[str, object]]) -> str:
+    """Return the texts of turns, with an empty line between them."""
+    return "\n\n".join(str(turn.get("content") or "") for turn in turns)
 
 
 def _shown(reference: TextOrTurns) -> str | list[Message]:
@@ -113,6 +133,36 @@ class PromptFile:
                     yield seen.problem("row", "a turn to answer", "only answers", fix)
                 else:
                     yield AskedPrompt(seen.row, *found)
+
+
+@dataclass(frozen=True)
+class ChosenPrompts:
+    """Some prompts of a file, in its order. Each iteration reads the file again, so no text is kept."""
+
+    file: PromptFile
+    rows: frozenset[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __contains__(self, asked: object) -> bool:
+        return isinstance(asked, AskedPrompt) and asked.row in self.rows
+
+    def __iter__(self) -> Iterator[AskedPrompt]:
+        return (one for one in self.file if one.row in self.rows)
+
+
+def choose(file: PromptFile, count: int, among: Container[int] | None = None) -> ChosenPrompts:
+    """Choose ``count`` prompts of a file by a hash of their rows, so that every model answers the same.
+
+    ``among``: rows to choose from; None = all. Raises DataError for a file with a row that cannot be read."""
+    rows = (one.row for one in file if among is None or one.row in among)
+    return ChosenPrompts(file, frozenset(heapq.nsmallest(count, rows, key=order_of)))
+
+
+def order_of(row: int) -> bytes:
+    """Return the place of a row in the order in which rows are chosen."""
+    return hashlib.sha256(str(row).encode()).digest()
 
 
 def open_prompts(source: Source, trained_on: Sequence[str] = ()) -> PromptFile:

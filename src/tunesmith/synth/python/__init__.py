@@ -1,7 +1,7 @@
 """Rows made from Python's own library, with answers that are known to be true.
 
 In reading order: ``wording`` (phrases in both languages), ``facts`` (what the syntax tree tells); the kinds
-of rows in ``questions``, ``preferences``, ``classify`` and ``tag``; ``draw`` (the table of kinds, and how
+of rows in ``questions``, ``texts``, ``preferences``, ``classify`` and ``tag``; ``draw`` (the table of kinds, and how
 rows are drawn). ``tunesmith.data.read.library`` reads the library.
 """
 

@@ -21,6 +21,7 @@ from tunesmith.synth.python.classify import classify, multilabel, topic
 from tunesmith.synth.python.preferences import judged, preferences
 from tunesmith.synth.python.questions import NO_ANSWER, docstrings, instructions, qa
 from tunesmith.synth.python.tag import tag
+from tunesmith.synth.python.texts import summaries, translations
 from tunesmith.synth.python.wording import Candidate, number
 
 
@@ -53,6 +54,8 @@ KINDS = {
     "multilabel": Kind(multilabel, labels=lambda row: row["labels"] or ["none"]),
     "tag": Kind(tag, labels=lambda row: [name[2:] for name in row["ner_tags"] if name[0] == "B"] or ["-"]),
     "qa": Kind(qa, unanswerable=True),
+    "summaries": Kind(summaries),
+    "translations": Kind(translations),
 }
 
 SPLITS = ("train", "test")

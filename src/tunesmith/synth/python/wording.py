@@ -51,6 +51,22 @@ WORDING = {
         signature: How does the definition of a Python {kind} `{name}` begin? Its parameters are {parameter}.
         described: What does `{name}` do?
         listing: The module `{name}` documents among others:
+        summarise: Summarise this documentation in one sentence.
+        summarise: What is this documentation about? Answer in one sentence.
+        documentation: The documentation of the {kind} `{name}`:
+        translate: Translate into Korean.
+        translate: Write this in Korean. Keep the code as it is.
+        stated parameters: The parameters of the {kind} `{name}` are, in this order, {names}.
+        stated parameters: The {kind} `{name}` is called with {names}.
+        stated required: In the {kind} `{name}`, no default value belongs to {names}.
+        stated default: If `{parameter}` is left out when the {kind} `{name}` is called, its value is {names}.
+        stated default: The default value of the parameter `{parameter}` of the {kind} `{name}` is {names}.
+        stated next parameter: In the {kind} `{name}`, the parameter {names} follows `{parameter}`.
+        stated exceptions: The {kind} `{name}` may raise {names}.
+        stated exceptions: A call of the {kind} `{name}` can end with {names}.
+        stated decorators: The {kind} `{name}` is decorated with {names}.
+        stated bases: The class `{name}` inherits from {names}.
+        stated bases: The class `{name}` is derived from {names}.
         self: , without `{name}`
         yes: {names}.
         no: None.
@@ -78,6 +94,22 @@ WORDING = {
         signature: 파이썬에서 `{name}` {kind}의 정의는 어떻게 시작하나요? 매개변수는 다음과 같습니다: {parameter}.
         described: `{name}`의 기능은 무엇인가요?
         listing: `{name}` 모듈의 문서에는 다음 내용이 있습니다.
+        summarise: 이 문서를 영어 한 문장으로 요약하세요.
+        summarise: 이 문서는 무엇에 관한 것인가요? 영어 한 문장으로 답하세요.
+        documentation: `{name}` {kind}의 문서:
+        translate: 영어로 번역하세요.
+        translate: 다음 글을 영어로 옮기세요. 코드는 그대로 두세요.
+        stated parameters: `{name}` {kind}의 매개변수는 순서대로 {names}입니다.
+        stated parameters: `{name}` {kind}를 호출할 때 넘기는 것은 {names}입니다.
+        stated required: `{name}` {kind}에서 기본값이 없는 것은 {names}입니다.
+        stated default: `{name}` {kind}를 호출할 때 `{parameter}` 인자를 생략하면 그 값은 {names}입니다.
+        stated default: `{name}` {kind}에서 `{parameter}` 매개변수의 기본값은 {names}입니다.
+        stated next parameter: `{name}` {kind}에서 `{parameter}` 다음에 오는 매개변수는 {names}입니다.
+        stated exceptions: `{name}` {kind}가 일으킬 수 있는 예외는 {names}입니다.
+        stated exceptions: `{name}` {kind}를 호출하면 생길 수 있는 예외는 {names}입니다.
+        stated decorators: `{name}` {kind}에 붙은 데코레이터는 {names}입니다.
+        stated bases: `{name}` 클래스가 상속하는 것은 {names}입니다.
+        stated bases: `{name}` 클래스의 기반 클래스는 {names}입니다.
         self:  (`{name}` 제외)
         yes: {names}입니다.
         no: 없습니다.
@@ -85,6 +117,8 @@ WORDING = {
         class: 클래스
         function: 함수
         method: 메서드
+        property: 속성
+        module: 모듈
     """),
 }
 """Questions by task, frames for questions about code, answers (``no``: nothing to name), words."""

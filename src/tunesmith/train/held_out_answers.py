@@ -1,0 +1,152 @@
+"""Answers to held-out prompts at every evaluation (``data.eval.generate``), with the figures of ``evaluate --generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tunesmith.data.read import prompts
+from tunesmith.data.read.prompts import AskedPrompt
+from tunesmith.data.read.source import eval_sources
+from tunesmith.data.store.prepare import Prepared
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.json_types import JsonObject
+from tunesmith.metrics import answer_figures, metric_names
+from tunesmith.metrics.answer_figures import AnswerTerms
+from tunesmith.metrics.answer_metrics import Answered, AnswerMetric
+from tunesmith.metrics.intervals import Place
+from tunesmith.models.generate import decode
+from tunesmith.models.generate.running_rows import Request
+from tunesmith.models.generate.sampling import SamplingParams
+from tunesmith.objectives import Session
+from tunesmith.recipe import Recipe
+from tunesmith.runs.answer_assessment import PREFIX, listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KEY = "data.eval.generate"
+
+
+@dataclass(frozen=True)
+class HeldOutPrompts:
+    """The prompts of some held-out rows, their places and requests, and the metrics of their answers."""
+
+    asked: tuple[AskedPrompt, ...]
+    places: tuple[Place, ...]
+    requests: tuple[Request, ...]
+    metrics: dict[str, AnswerMetric]
+
+
+@dataclass(frozen=True)
+class AnswerEvaluation:
+    """The terms of the answers to ``places``, and those of the copied prompts."""
+
+    places: tuple[Place, ...]
+    terms: AnswerTerms
+    copied: AnswerTerms
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {f"{PREFIX}{name}": self.terms.value(name) for name in self.terms.measured}
+
+    def rows(self, of: AnswerTerms, name: str) -> dict[Place, tuple[float, ...]]:
+        """Return the terms of a metric by row."""
+        places = (self.places[place] for place in of.places(name))
+        return dict(zip(places, map(tuple, of.terms(name).tolist()), strict=True))
+
+    def kept(self) -> JsonObject:
+        """Return what ``runs.answer_assessment`` needs: the terms by row, the copied prompt as the baseline, and the
+        worst answers."""
+        numbers = np.unique(self.terms.clusters, return_inverse=True)[1].tolist()
+        return {
+            "figures": {
+                f"{PREFIX}{name}": listed(self.rows(self.terms, name)) for name in self.terms.measured
+            },
+            "baselines": {
+                f"{PREFIX}{name}": {
+                    "words": answer_figures.COPIED,
+                    "value": self.copied.value(name),
+                    "rows": listed(self.rows(self.copied, name)),
+                }
+                for name in self.copied.measured
+            },
+            "clusters": [[*place, number] for place, number in zip(self.places, numbers, strict=True)],
+            "worst": answer_figures.worst(self.terms),
+        }
+
+
+def choose(
+    recipe: Recipe, data: Prepared, tokenizer: PreTrainedTokenizerBase, window: int | None
+) -> HeldOutPrompts | None:
+    """Choose the prompts by a hash of their rows, as ``evaluate`` does, and read them from the files again.
+
+    None if the recipe asks for no answers. Raises UserError for a metric that cannot be used, rows without a
+    prompt, and a prompt that fills the ``window``.
+    """
+    config, held_out = recipe.generate, data.eval
+    if config is None or held_out is None:
+        return None
+    metrics = metric_names.of_names(recipe.answer_metrics, f"{KEY}.metrics", config.folder)
+    sources = list(eval_sources(recipe.data).values()) or recipe.data.train
+    rows = (held_out.stored(index)["row"].tolist() for index in range(len(held_out)))
+    places = sorted(
+        {(int(source), int(row)) for source, row in rows}, key=lambda one: (prompts.order_of(one[1]), one)
+    )
+    wanted = set(places[: config.rows])
+    found: list[tuple[Place, AskedPrompt]] = []
+    for number, source in enumerate(sources):
+        of_source = frozenset(row for index, row in wanted if index == number)
+        if of_source:
+            file = prompts.open_prompts(source, data.kinds)
+            found += [((number, one.row), one) for one in prompts.ChosenPrompts(file, of_source)]
+    _check_references([one for _, one in found], metrics)
+    params = SamplingParams(max_new_tokens=config.max_new_tokens)
+    requests = []
+    for number, ((source_number, _), one) in enumerate(found):
+        ids = decode.prompt_ids(one.prompt, tokenizer, None, False)
+        if not ids or (window is not None and len(ids) >= window):
+            raise DataError(
+                f"{KEY}: the prompt of {sources[source_number].label}:{one.row} has {len(ids):,} tokens, and the model's "
+                f"window is {window}: there is no room for an answer.\n  Shorten the row, or leave {KEY} out."
+            )
+        requests.append(Request(tuple(ids), params, number))
+    asked, chosen = tuple(one for _, one in found), tuple(place for place, _ in found)
+    return HeldOutPrompts(asked, chosen, tuple(requests), metrics)
+
+
+def _check_references(asked: Sequence[AskedPrompt], metrics: Mapping[str, AnswerMetric]) -> None:
+    """Raise RecipeError if no prompt can be measured by any of the metrics."""
+    if not asked:
+        raise RecipeError(f"{KEY}: the held-out rows have no prompts to answer. Leave it out.")
+    if all(metric.needs_reference for metric in metrics.values()) and not any(
+        one.reference_text() for one in asked
+    ):
+        raise RecipeError(
+            f"{KEY}.metrics: {', '.join(metrics)} compare with the answers in the data, and the held-out rows have none.\n"
+            "  Name metrics that need none, such as [length, repetition]"
+        )
+
+
+def evaluate(session: Session, held_out: HeldOutPrompts) -> AnswerEvaluation:
+    """Answer the prompts greedily and measure the answers. Every process calls it, and gets all answers."""
+    answers = session.sample(held_out.requests)
+    answered = [
+        Answered(
+            answer.text, _references(asked), len(answer.ids), answer.reason == "stop", asked.text(), asked.row
+        )
+        for asked, answer in zip(held_out.asked, answers, strict=True)
+    ]
+    terms = AnswerTerms(held_out.metrics)
+    copied = AnswerTerms(answer_figures.metrics_of_texts(held_out.metrics))
+    terms.add(answered)
+    copied.add(answer_figures.rewritten(answered, None))
+    return AnswerEvaluation(held_out.places, terms, copied)
+
+
+def _references(asked: AskedPrompt) -> tuple[str, ...]:
+    text = asked.reference_text()
+    return () if text is None else (text,)
