@@ -1,16 +1,20 @@
 #!/usr/bin/env python
-"""Decoding and prefill of the engine next to transformers' ``generate``, on the same prompts, in one process, alternating.
+"""The engine next to transformers' ``generate``, on the same prompts, in one process, alternating; other engines in their own.
 
-    python benchmarks/rollout.py --rows 1 8 64 --out rollout.json
+    python benchmarks/rollout.py --rows 1 8 64 --samples --sampling --prefill --first-token --memory --queue 96 --out rollout.json
+    python benchmarks/rollout.py --peer llama.cpp peers/bin/python smollm2-f16.gguf --peer openvino peers/bin/python smollm2-f16.gguf
 
 SmolLM2-135M continues prompts of ``$TUNESMITH_SHARED/data/alpaca_en_demo.json`` greedily, 48 tokens each, none stopping sooner.
 transformers loads the model itself, as its users do, pads on the left and runs with its dynamic and with its static cache (not compiled); the better
-one counts. A run of
-one new token is prefill; decoding is a run of 49 tokens less that. Each figure is the best of ``--repeats``. ``share_of_bandwidth`` is that of reading every weight once a step,
-``share_of_matmul`` that of multiplying by it. AVX2 is emulated with ``ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2``
-and ``--precision fp32``. Cases: rows at once;
-``samples``: 8 answers to one prompt of 400 tokens, in one engine with a shared prefill and as 8 prompts of their own;
-``queue``: 256 prompts with 8 to 400 new tokens in 32 slots, next to transformers' batches of 32 in the order of length.
+one counts. A run of one new token is prefill; decoding is a run of 49 tokens less that. Each figure is the best of ``--repeats``.
+``share_of_bandwidth`` is that of reading every weight once a step, ``share_of_matmul`` that of multiplying by it. AVX2 is emulated with
+``ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2`` and ``--precision fp32``.
+
+``--rows``: rows at once. ``--samples``: 8 answers to one prompt of 400 tokens, in one engine with a shared prefill and as 8 prompts of their own.
+``--sampling``: decoding of 64 rows by sampling rule. ``--prefill``: prompts of 512 tokens, next to the matrix products alone. ``--first-token``: of a
+prompt of 2,000 tokens. ``--queue``: prompts with 8 to 400 new tokens in 32 slots, next to transformers' batches of 32 in the order of length, which
+no one can know before. ``--memory``: peak of a process that loads the model and answers 64 prompts. ``--peer``: another engine of
+``rollout_peers.py``, the Python of its environment, and its model; it is skipped where that fails.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -145,17 +150,115 @@ def samples_of_one(pair: Pair, repeats: int) -> dict[str, Any]:
     }
 
 
-def queue(pair: Pair) -> dict[str, Any]:
+def sampling(pair: Pair, repeats: int) -> dict[str, float]:
+    """Decoded tokens/s of 64 rows by rule: greedy, as RLHF samples, and with filters."""
+    prompts, never = pair.prompts(64), frozenset[int]()
+    rules = {
+        "greedy": {},
+        "temperature 1": {"temperature": 1.0},
+        "temperature 0.7, top-p 0.9": {"temperature": 0.7, "top_p": 0.9},
+    }
+    found: dict[str, list[float]] = {name: [] for name in rules}
+    for _ in range(repeats):
+        for name, rule in rules.items():
+            params = SamplingParams(max_new_tokens=TOKENS, stop=never, **rule)
+            found[name].append(pair.engine([Request(tuple(ids), params, row) for row, ids in enumerate(prompts)], 64)[1])
+    return {name: round(64 * (TOKENS - 1) / min(seconds), 1) for name, seconds in found.items()}
+
+
+def prefill(pair: Pair, repeats: int) -> dict[str, Any]:
+    """8 prompts of 512 tokens, next to transformers' (all or half of them in a batch) and to the products of a pass alone."""
+    tokens = [token for row in pair.prompts(200) for token in row]
+    prompts = [tokens[512 * row : 512 * (row + 1)] for row in range(8)]
+    times: dict[str, list[float]] = {"engine": [], "8 rows": [], "4 rows": [], "products": []}
+    for _ in range(repeats):
+        times["engine"].append(pair.engine(requests(prompts, [1] * 8), 8)[0])
+        times["8 rows"].append(pair.transformers(prompts, 1, "dynamic"))
+        times["4 rows"].append(sum(pair.transformers(half, 1, "dynamic") for half in (prompts[:4], prompts[4:])))
+        times["products"].append(2 * products(pair, 2048))
+    best = {name: min(seconds) for name, seconds in times.items()}
+    theirs = min(best["8 rows"], best["4 rows"])
+    return {
+        "tokens_per_second": round(8 * 512 / best["engine"], 1),
+        "transformers_tokens_per_second": round(8 * 512 / theirs, 1),
+        "ratio": round(theirs / best["engine"], 2),
+        "share_of_matmul_rate": round(best["products"] / best["engine"], 2),
+    }
+
+
+def products(pair: Pair, tokens: int) -> float:
+    """Return the seconds of the matrix products of all layers, each with its own weights, for so many tokens."""
+    linears = [module for module in pair.stock.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {width: torch.randn(tokens, width).to(pair.stock.dtype) for width in {one.in_features for one in linears}}
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for linear in linears:
+            torch.nn.functional.linear(inputs[linear.in_features], linear.weight)
+    return time.perf_counter() - began
+
+
+def first_token(pair: Pair, repeats: int) -> dict[str, Any]:
+    """Seconds to the first token of a prompt of 2,000: of a new engine with its check of the fast path, and of one that has run."""
+    prompt = [token for row in pair.prompts(100) for token in row][:2000]
+    new, again, theirs = [], [], []
+    for _ in range(repeats):
+        engine = Engine(pair.model, pair.tokenizer)
+        for times in (new, again):
+            engine.slots.forget()
+            began = time.perf_counter()
+            list(engine.run(requests([prompt], [1])))
+            times.append(time.perf_counter() - began)
+        theirs.append(pair.transformers([prompt], 1, "dynamic"))
+    found = {"new_engine": min(new), "seconds": min(again), "transformers": min(theirs)}
+    return {name: round(seconds, 3) for name, seconds in found.items()}
+
+
+def queue(pair: Pair, count: int) -> dict[str, Any]:
+    """``count`` prompts with 8 to 400 new tokens each: 32 slots, next to transformers' batches of 32 rows of similar length."""
     drawn = random.Random(0)
-    prompts = (pair.prompts(256) * 256)[:256]
+    prompts = (pair.prompts(count) * count)[:count]
     counts = [drawn.randint(8, 400) for _ in prompts]
-    ours = sum(pair.engine(requests(prompts, counts), 32))
-    order = sorted(range(256), key=counts.__getitem__)
-    theirs = sum(
-        pair.transformers([prompts[row] for row in order[start : start + 32]], counts[order[min(start + 31, 255)]], "dynamic")
-        for start in range(0, 256, 32)
-    )
-    return {"seconds": round(ours, 1), "transformers_seconds": round(theirs, 1), "ratio": round(theirs / ours, 2)}
+    engine = Engine(pair.model, pair.tokenizer, 32)
+    began = time.perf_counter()
+    assert sum(len(answer.ids) for answer in engine.run(iter(requests(prompts, counts)))) == sum(counts)
+    ours = time.perf_counter() - began
+    order = sorted(range(count), key=counts.__getitem__)
+    batches = [order[start : start + 32] for start in range(0, count, 32)]
+    theirs = sum(pair.transformers([prompts[row] for row in batch], counts[batch[-1]], "dynamic") for batch in batches)
+    return {
+        "prompts": count,
+        "tokens": sum(counts),
+        "seconds": round(ours, 1),
+        "prefill_seconds": round(engine.timing.prefill_seconds, 1),
+        "transformers_seconds": round(theirs, 1),
+        "ratio": round(theirs / ours, 2),
+    }
+
+
+def in_its_own_process(pair: Pair, name: str, python: str, model: str, rows: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Run one engine of ``rollout_peers.py``; where that fails, return why."""
+    job = {
+        "model": model,
+        "dtype": str(pair.stock.dtype).removeprefix("torch."),
+        "tokens": TOKENS,
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "cases": [pair.prompts(count) for count in rows],
+    }
+    command = [python, str(Path(__file__).with_name("rollout_peers.py")), name]
+    ended = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
+    if ended.returncode:
+        return {"skipped": (ended.stderr.strip().splitlines() or ["no output"])[-1]}
+    found = json.loads(ended.stdout.strip().splitlines()[-1])
+    cases = [
+        {
+            "rows": case["rows"],
+            "decode_tokens_per_second": round(case["rows"] * TOKENS / case["decode_seconds"], 1),
+            "prefill_tokens_per_second": round(sum(map(len, prompts)) / case["prefill_seconds"], 1),
+        }
+        for case, prompts in zip(found["cases"], job["cases"], strict=True)
+    ]
+    return {"version": found["version"], "peak_mb": round(found["peak_bytes"] / 1e6), "cases": cases}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -163,19 +266,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--samples", action="store_true", help="also 8 answers to one prompt")
-    parser.add_argument("--queue", action="store_true", help="also the queue, which takes minutes")
+    parser.add_argument("--queue", type=int, nargs="?", const=256, help="prompts of the queue; 256 take minutes")
+    for flag in ("samples", "sampling", "prefill", "first-token", "memory"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--peer", nargs=3, action="append", default=[], metavar=("NAME", "PYTHON", "MODEL"))
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
     pair = Pair(torch.float32 if options.precision == "fp32" else torch.bfloat16)
-    result: dict[str, Any] = {"precision": options.precision, "machine": machine.describe(), "rates": pair.rates, "cases": []}
-    for rows in options.rows:
-        result["cases"].append(rows_at_once(pair, rows, options.repeats))
-        print(json.dumps(result["cases"][-1]), file=sys.stderr, flush=True)
-    if options.samples:
-        result["samples"] = samples_of_one(pair, options.repeats)
+    result: dict[str, Any] = {"precision": options.precision, "machine": machine.describe(), "rates": pair.rates}
+
+    def add(name: str, found: Any) -> None:
+        result[name] = found
+        print(json.dumps({name: found}), file=sys.stderr, flush=True)
+
+    add("cases", [rows_at_once(pair, rows, options.repeats) for rows in options.rows])
+    timed = {"samples": samples_of_one, "sampling": sampling, "prefill": prefill, "first_token": first_token}
+    for name, measure in timed.items():
+        if getattr(options, name):
+            add(name, measure(pair, options.repeats))
     if options.queue:
-        result["queue"] = queue(pair)
+        add("queue", queue(pair, options.queue))
+    folder, rows = str(locate("smollm2-135m").network), options.rows or [1, 8, 64]
+    if options.memory:
+        engines = ("tunesmith", "transformers")
+        add("memory", {name: in_its_own_process(pair, name, sys.executable, folder, [64], 1) for name in engines})
+    for name, python, model in options.peer:
+        add(name, in_its_own_process(pair, name, python, model, rows, options.repeats))
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:

@@ -353,6 +353,41 @@ def test_memory_bounds_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert engine.slots.count == 3
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom"])  # in slots, and row by row
+def test_a_row_longer_than_the_slots_joins_the_running_rows(name: str) -> None:
+    """The long prompt comes third, needs more than the slots have, and is answered first."""
+    model, rows = tiny_model(name), prompts(5, 4, 150, 6)
+    counts = [40, 40, 3, 60]
+    wanted = [
+        Request(tuple(row), SamplingParams(max_new_tokens=count, stop=NEVER), number)
+        for number, (row, count) in enumerate(zip(rows, counts))
+    ]
+    alone = [ids(Engine(model, TOKENIZER), [request])[0] for request in wanted]
+    engine = Engine(model, TOKENIZER, max_running=3)
+    found = list(engine.run(iter(wanted)))
+    assert [answer.prompt for answer in found] == [2, 0, 1, 3]
+    assert [answer.ids for answer in sorted(found, key=lambda answer: answer.prompt)] == alone
+    assert engine.slots.capacity == 2 * slots.BLOCK and engine.slots.count == 3
+
+
+@pytest.mark.parametrize(("affordable", "order"), [(3, [2, 1, 0, 3]), (1, [1, 0, 2, 3])])
+def test_a_long_row_takes_the_memory_of_free_slots_and_waits_where_there_is_too_little(
+    affordable: int, order: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With memory for three slots of twice the length, one of four is given up; with less, running rows end first."""
+    model, rows = tiny_model("llama"), prompts(5, 4, 150, 6)
+    wanted = [
+        Request(tuple(row), SamplingParams(max_new_tokens=count, stop=NEVER), number)
+        for number, (row, count) in enumerate(zip(rows, [40, 30, 3, 40]))
+    ]
+    alone = [ids(Engine(model, TOKENIZER), [request])[0] for request in wanted]
+    engine = Engine(model, TOKENIZER, max_running=4)
+    engine.slots._affordable = lambda capacity: 4 if capacity == slots.BLOCK else affordable  # type: ignore[method-assign]
+    found = list(engine.run(iter(wanted)))
+    assert [answer.prompt for answer in found] == order
+    assert [answer.ids for answer in sorted(found, key=lambda answer: answer.prompt)] == alone
+
+
 def test_a_model_that_slots_cannot_serve_runs_row_by_row_and_says_so() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.tiny import tiny_model
 from tunesmith import machine
@@ -18,13 +20,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages of L
 WIDE = {"hidden_size": 256, "intermediate_size": 2048}  # 15 MB, several huge pages
 
 
-def huge_bytes_at(address: int) -> int:
-    """The bytes on huge pages of the mapping that holds ``address``."""
+def bytes_in_memory(address: int, kind: str = "Rss") -> int:
+    """The bytes in memory of the mapping that holds ``address``; ``kind``: a key of smaps."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(found[1], 16) <= address < int(found[2], 16)
-        elif inside and line.startswith("AnonHugePages:"):
+        elif inside and line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
     return 0
 
@@ -42,7 +44,43 @@ def test_weights_move_and_stay_what_they_are() -> None:
     assert all(parameter.data_ptr() % 64 == 0 for parameter in model.parameters())
     enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if enabled.exists() and "[never]" not in enabled.read_text():
-        assert huge_bytes_at(first.data_ptr()) > 4 << 20
+        assert bytes_in_memory(first.data_ptr(), "AnonHugePages") > 4 << 20
+
+
+class Weights(nn.Module):
+    """Parameters of ``size`` bytes each, all in ``storage`` if given."""
+
+    def __init__(self, count: int, size: int, storage: torch.Tensor | None = None) -> None:
+        super().__init__()
+        whole = torch.zeros(count * size, dtype=torch.uint8) if storage is None else storage
+        parts = [part if storage is not None else part.clone() for part in whole.view(torch.float32).chunk(count)]
+        self.parts = nn.ParameterList([nn.Parameter(part, requires_grad=False) for part in parts])
+
+
+def test_weights_are_never_in_memory_twice() -> None:
+    size, count = 4 << 20, 24
+    model: Any = Weights(count, size)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.fill_(number)
+    before = machine.memory_bytes()
+    with machine.PeakWatch(torch.device("cpu"), every=0.0005) as watch:
+        assert huge_pages.move_weights(model)
+    assert watch.peak < before + count * size / 2
+    assert [float(parameter[-1]) for parameter in model.parameters()] == list(range(count))
+
+
+def test_a_mapped_file_leaves_memory_as_its_weights_move(tmp_path: Path) -> None:
+    """What else reads the file finds it as it was."""
+    size, count, file = 2 << 20, 8, tmp_path / "weights"
+    file.write_bytes(bytes(range(256)) * (count * size // 256))
+    stored = torch.from_file(str(file), shared=False, size=count * size, dtype=torch.uint8)
+    model: Any = Weights(count, size, stored)
+    copies = [parameter.clone() for parameter in model.parameters()]
+    assert bytes_in_memory(stored.data_ptr()) == count * size
+    assert huge_pages.move_weights(model)
+    assert bytes_in_memory(stored.data_ptr()) < size
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), copies, strict=True))
+    assert bytes(stored[-256:].tolist()) == bytes(range(256))
 
 
 def test_weights_that_are_views_of_one_tensor_stay_one() -> None:

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers.generation import logits_process as theirs
 
 from tunesmith.errors import UserError
+from tunesmith.models.fast import kernels
 from tunesmith.models.generate.sampling import (
     SamplingParams,
     draw,
+    draw_by_torch,
     filtered,
     largest_and_logsumexp,
     next_tokens,
@@ -78,6 +80,52 @@ def test_frequencies_follow_the_filtered_softmax_of_transformers(keys: dict[str,
     assert counts[~possible].sum() == 0
     if int(possible.sum()) > 1:
         assert chisquare(counts[possible], count * probabilities[possible]).pvalue > 1e-3
+
+
+RULES: list[dict[str, Any]] = [
+    {}, {"temperature": 0.7}, {"temperature": 3.0}, {"top_k": 1}, {"top_k": 40}, {"top_k": 5000}, {"top_p": 0.3}, {"top_p": 0.9},
+    {"top_p": 0.999}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.95, "min_p": 0.02, "temperature": 1.3},
+    {"repetition_penalty": 1.5, "top_p": 0.5}, {"logit_bias": {3: -math.inf}},
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not kernels.available(LOGITS), reason="no C passes here")
+@pytest.mark.parametrize("shape", [(40, 1), (40, 7), (40, 513), (60, 5000)])
+@pytest.mark.parametrize("keys", RULES, ids=str)
+def test_draws_in_one_pass_are_those_of_torch(shape: tuple[int, int], keys: dict[str, Any]) -> None:
+    """The same token by the same number, in all rows but a few whose number lies between two tokens."""
+    params = SamplingParams(**{"temperature": 1.0, **keys})
+    if any(token >= shape[1] for token in params.logit_bias):
+        pytest.skip("no such token")
+    generator = torch.Generator().manual_seed(shape[1])
+    logits = 4 * torch.randn(shape, generator=generator)
+    uniform = torch.rand(len(logits), dtype=torch.float64, generator=generator)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    before = [[0]] * len(logits), [[0, 0]] * len(logits)
+    drawn = draw(logits, params, uniform, *before)
+    scores = process(logits, params, *before, frozenset())
+    expected = draw_by_torch(logits, scores, params, uniform)
+    same = drawn.tokens == expected.tokens
+    assert int((~same).sum()) <= 1
+    assert torch.allclose(drawn.logprobs[same], expected.logprobs[same], atol=1e-5)
+    assert torch.allclose(drawn.rule_logprobs[same], expected.rule_logprobs[same], atol=1e-5)
+    possible = filtered(scores, params).gather(1, drawn.tokens[:, None]) > 0
+    assert bool(possible.all()) and bool(drawn.rule_logprobs.isfinite().all())
+    alone = [draw(logits[row : row + 1], params, uniform[row : row + 1], [[0]], [[0, 0]]) for row in (0, len(logits) - 1)]
+    assert [float(one.rule_logprobs) for one in alone] == drawn.rule_logprobs[[0, -1]].tolist()
+
+
+@pytest.mark.skipif(not kernels.available(LOGITS), reason="no C passes here")
+def test_tokens_as_likely_as_the_last_of_top_k_are_kept_and_top_p_keeps_the_first() -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.4, 0.2, 0.1]]).log().expand(4000, -1)
+    numbers = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def drawn(**keys: Any) -> list[int]:
+        tokens: list[int] = draw(logits, SamplingParams(temperature=1.0, **keys), numbers).tokens.unique().tolist()
+        return tokens
+
+    assert drawn(top_k=2) == [1, 2, 3] and drawn(top_p=0.5) == [1, 2] and drawn(top_p=0.7) == [1, 2, 3]
+    assert drawn(min_p=0.3) == [1, 2, 3] and drawn(top_k=2, min_p=0.9) == [2] and drawn(top_k=9) == [0, 1, 2, 3, 4]
 
 
 def test_top_p_is_exact_where_the_likeliest_256_tokens_do_not_suffice() -> None:

@@ -72,6 +72,7 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
 }
 
 #include <stdlib.h>
+#include "kernels_sampling.c"
 #include "kernels_encoder.c"
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)

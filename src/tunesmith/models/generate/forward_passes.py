@@ -39,7 +39,10 @@ class ForwardPass(Protocol):
         """Return the logits after the last token of each piece, fp32 (pieces, vocabulary)."""
 
     def resize(self, slots: int, capacity: int) -> None:
-        """Change the number of slots and their capacity in tokens. Slots keep the content that fits."""
+        """Change the number of slots and their capacity in tokens. Slots keep the content that fits.
+
+        If memory runs out, nothing changes.
+        """
 
     def forget(self) -> None:
         """Drop what was computed from the weights: they have changed. All slots are empty."""
@@ -190,7 +193,7 @@ class PlainPass:
         self.caches: dict[int, DynamicCache] = {}
 
     def resize(self, slots: int, capacity: int) -> None:
-        self.caches.clear()
+        self.caches = {slot: cache for slot, cache in self.caches.items() if slot < slots}
 
     def forget(self) -> None:
         self.caches.clear()
@@ -237,7 +240,7 @@ class WholePass:
         self.tokens: dict[int, list[int]] = {}
 
     def resize(self, slots: int, capacity: int) -> None:
-        self.tokens.clear()
+        self.tokens = {slot: tokens for slot, tokens in self.tokens.items() if slot < slots}
 
     def forget(self) -> None:
         self.tokens.clear()

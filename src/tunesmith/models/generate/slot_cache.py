@@ -66,15 +66,17 @@ class SlotCache(Cache):
         """The layer that was updated last."""
         self.calls = 0
         """Calls of attention since ``begin``."""
+        self.filled = 0
+        """The largest number of tokens that a slot has held; places after these are not initialised."""
 
     def resized(self, slots: int, tokens: int) -> SlotCache:
         """Return a cache of another size with the content that fits."""
         new = SlotCache(slots, tokens, self.virtual)
-        capacity = new.capacity
-        part = slice(min(slots, self.slots)), slice(None), slice(min(capacity, self.capacity))
+        new.filled = min(new.capacity, self.filled)
+        part = slice(min(slots, self.slots)), slice(None), slice(new.filled)
         for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
             for old in mine:
-                theirs.append(old.new_zeros(slots, old.shape[1], capacity, old.shape[3]))
+                theirs.append(old.new_empty(slots, old.shape[1], new.capacity, old.shape[3]))
                 theirs[-1][part] = old[part]
         return new
 
@@ -82,6 +84,7 @@ class SlotCache(Cache):
         """Set the tokens of the next pass, in the order of the joined sequence."""
         self.pieces, self.calls = pieces, 0
         self.decoding = all(len(piece.ids) == 1 for piece in pieces)
+        self.filled = max([self.filled, *(self.virtual + piece.end for piece in pieces)])
         slots = [piece.slot for piece in pieces for _ in piece.ids]
         places = [self.virtual + place for piece in pieces for place in range(piece.ahead, piece.end)]
         self.slot_of_token = torch.tensor(slots, device=device)
@@ -94,7 +97,7 @@ class SlotCache(Cache):
         if layer_idx == len(self.keys):
             for states, stored in ((key_states, self.keys), (value_states, self.values)):
                 shape = (self.slots, states.shape[1], self.capacity, states.shape[3])
-                stored.append(states.new_zeros(shape))
+                stored.append(states.new_empty(shape))
         if key_states.shape[0] != 1 or layer_idx >= len(self.keys):
             raise CannotUseSlots("its layers do not fill the cache one after another")
         where = (self.slot_of_token, slice(None), self.place_of_token)

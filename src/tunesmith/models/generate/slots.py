@@ -84,8 +84,11 @@ class Slots:
             starts = [prompt, prompt[: len(prompt) // 2 + 1]]
             self._pass = choose_pass(self.core, self.adapters, starts, self.note)
         too_few = self._made_for < min(self.wanted, self.most)
-        if (row.needed > self.capacity or too_few) and len(self._free) == self.count:
-            self._make(row.needed)
+        if len(self._free) == self.count:
+            if row.needed > self.capacity or too_few:
+                self._make(row.needed)
+        elif self._free and row.needed > self.capacity:
+            self._lengthen(row.needed)
         if row.needed > self.capacity or not self._free:
             return False
         tokens = row.tokens
@@ -140,18 +143,43 @@ class Slots:
         """Make slots for rows of ``needed`` tokens: as many as are wanted and memory allows, at least one.
 
         They keep the tokens that they hold."""
-        capacity = self.capacity
-        if needed > capacity:  # at least twice as much, so that a growing chat is not copied in each turn
-            wished = max(needed, min(2 * capacity, context_window(self.core.config) or 0))
-            capacity = -(-wished // BLOCK) * BLOCK
-        free = machine.free_bytes(self.core.device)
-        affordable = int(MEMORY_SHARE * free / (capacity * slot_cache.bytes_per_token(self.core)))
-        slots, self.capacity = max(1, min(self.most, max(self.wanted, self.count), affordable)), capacity
+        self.capacity = self._capacity_for(needed)
+        slots = max(1, min(self.most, max(self.wanted, self.count), self._affordable(self.capacity)))
         self._made_for = min(self.wanted, self.most)
         slots = self._resize(slots)
         self.held = [self.held[slot] if slot < len(self.held) else [] for slot in range(slots)]
         self._computed_by = (self._computed_by + [None] * slots)[:slots]
         self._free = list(range(slots))
+
+    def _lengthen(self, needed: int) -> None:
+        """Give the slots room for ``needed`` tokens while rows run in some of them; if memory allows, else not.
+
+        Where it does not suffice for all, the last slots are given up, if one before them is free."""
+        capacity = self._capacity_for(needed)
+        slots = min(self.count, self._affordable(capacity))
+        free = [slot for slot in self._free if slot < slots]
+        if not free or slots - len(free) < self.taken:
+            return
+        try:
+            self._pass_of_rows().resize(slots, capacity)
+        except (RuntimeError, MemoryError) as error:
+            if not machine.is_out_of_memory(error):
+                raise
+            return
+        self.capacity, self._free = capacity, free
+        del self.held[slots:], self._computed_by[slots:]
+
+    def _capacity_for(self, needed: int) -> int:
+        """Return the new capacity for rows of ``needed`` tokens."""
+        wished = self.capacity
+        if needed > wished:  # at least twice as much, so that a growing chat is not copied in each turn
+            wished = max(needed, min(2 * wished, context_window(self.core.config) or 0))
+        return -(-wished // BLOCK) * BLOCK
+
+    def _affordable(self, capacity: int) -> int:
+        """Return the number of slots of ``capacity`` tokens for which there is memory."""
+        free = machine.free_bytes(self.core.device)
+        return int(MEMORY_SHARE * free / (capacity * slot_cache.bytes_per_token(self.core)))
 
     def _resize(self, slots: int) -> int:
         """Make ``slots`` slots, fewer and empty ones while memory runs out. Return how many there are."""

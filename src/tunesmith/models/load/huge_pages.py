@@ -7,8 +7,10 @@ and 28 GB/s on pages of 2 MB. Linux gives huge pages only to memory that asks fo
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +31,8 @@ MEMORY_SHARE = 0.5
 def move_weights(model: PreTrainedModel) -> bool:
     """Move the parameters of ``model``, which is on a CPU, to huge pages. Return False if they stay where they are.
 
-    Names, shapes, strides and values stay. Not for a model in training: other tensors may share its memory.
+    Names, shapes, strides and values stay. Each weight leaves its old place before the next is copied, so that the
+    model is never in memory twice. Not for a model in training: other tensors may share its memory.
     """
     parameters = [
         parameter
@@ -43,16 +46,41 @@ def move_weights(model: PreTrainedModel) -> bool:
     if block is None:
         return False
     moved: dict[tuple[int, torch.Size], Tensor] = {}
+    files = _mapped_files()
     start = 0
     for parameter in parameters:
-        key = parameter.data_ptr(), parameter.shape
+        address, size = parameter.data_ptr(), parameter.nbytes
+        key = address, parameter.shape
         if key not in moved:
-            part = block[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+            part = block[start : start + size].view(parameter.dtype).view(parameter.shape)
             moved[key] = part.copy_(parameter.data)
-            start += _aligned(parameter.nbytes)
-    for parameter in parameters:
-        parameter.data = moved[parameter.data_ptr(), parameter.shape]
+            start += _aligned(size)
+            if any(first <= address and address + size <= end for first, end in files):
+                _drop_pages(address, size)
+        parameter.data = moved[key]
     return True
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Return the addresses, [first, end), at which this process has files in memory."""
+    found = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, _, _, _, inode, *_ = line.split()
+        if inode != "0":
+            first, end = (int(address, 16) for address in addresses.split("-"))
+            found.append((first, end))
+    return found
+
+
+def _drop_pages(address: int, size: int) -> None:
+    """Remove the whole pages of this part of a mapped file from memory; they are read again if anyone needs them."""
+    first, end = (
+        -(-address // mmap.PAGESIZE) * mmap.PAGESIZE,
+        (address + size) // mmap.PAGESIZE * mmap.PAGESIZE,
+    )
+    if first < end:
+        length = ctypes.c_size_t(end - first)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), length, mmap.MADV_DONTNEED)
 
 
 def _aligned(count: int) -> int:
