@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import tunesmith
-from tests.models.adapters import base_and_adapter
+from tests.models.adapters import base_and_adapter, save_adapter
 from tests.tiny import save_tiny, tiny_config
 from tunesmith.cli import options
 from tunesmith.cli.main import main
@@ -112,6 +112,32 @@ def test_bad_prompt_files_are_told_by_row_and_field(
 def test_wrong_arguments_of_generate(model: str, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert main(["generate", model, *arguments]) == 2
     assert not capsys.readouterr().out
+
+
+def test_rows_of_a_file_name_their_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each answer is that of a command with the row's adapter alone; base has none."""
+    base = save_tiny("llama", tmp_path / "base")
+    folders = {"one": tmp_path / "one", "two": tmp_path / "two", "base": base}
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(base, folders[name], seed=seed)
+    voices = ["two", "base", "one", "two"]
+    rows = [{"prompt": f"Question {n}?", "voice": voice} for n, voice in enumerate(voices)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rule = ["--max-new-tokens", "6", "--precision", "fp32"]
+    given = ["--data", str(data), "--adapter", f"one={folders['one']}", "--adapter", f"two={folders['two']}"]
+    found = answer(capsys, "generate", str(base), *given, "--adapter-column", "voice", *rule)["answers"]
+    assert [one["adapter"] for one in found] == voices
+    for one in found:
+        alone = answer(capsys, "generate", str(folders[one["adapter"]]), "--prompt", one["prompt"], *rule)
+        assert one["answer"] == alone["answers"][0]["answer"]
+    assert len({one["answer"] for one in found}) == 4
+    assert main(["generate", str(base), *given]) == 2
+    assert "--adapter-column COLUMN" in capsys.readouterr().err
+    data.write_text(json.dumps({"prompt": "Hi", "voice": "three"}) + "\n" + json.dumps({"prompt": "Hi"}) + "\n")
+    assert main(["generate", str(base), *given, "--adapter-column", "voice"]) == 2
+    told = capsys.readouterr().err
+    assert ":1:voice" in told and "one, two, base" in told and ":2:voice" in told
 
 
 def chat(model: str, monkeypatch: pytest.MonkeyPatch, said: str, *arguments: str) -> int:

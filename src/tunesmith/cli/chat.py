@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli import options
+from tunesmith.cli import adapter_flag, options
 from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.cli.sampling_flags import SamplingFlags, with_flags
 from tunesmith.errors import UserError
@@ -57,7 +56,7 @@ def chat(
     from tunesmith.models.load.load import load
 
     kwargs = options.parse_template_kwargs(template_kwarg)
-    folders = _with_adapter_of_model(model, _parse_adapters(adapter or []))
+    folders = adapter_flag.with_adapter_of_model(model, adapter_flag.parse_adapters(adapter or []))
     print_stderr(f"loading {model}")
     adapters = load_adapters(model, folders) if folders else None
     pair = load(model) if adapters is None else (adapters.model, adapters.tokenizer)
@@ -165,34 +164,6 @@ def _switch_adapter(adapters: Adapters, name: str) -> None:
         print_stderr(f"adapter: {adapters.active} ({1000 * seconds:.0f} ms)")
     else:
         print_stderr(f"adapter: {adapters.active}", _SWITCH.format(names=", ".join(adapters.names)))
-
-
-def _parse_adapters(given: list[str]) -> dict[str, str]:
-    """Parse ``NAME=FOLDER`` options into name -> folder. Raises UserError."""
-    folders: dict[str, str] = {}
-    for option in given:
-        name, equals, folder = option.partition("=")
-        if not (name.isidentifier() and equals and folder) or name in (*folders, "base"):
-            raise UserError(
-                f"--adapter {option}: expected NAME=FOLDER; a name has letters and digits, is used once, and is not `base`"
-            )
-        folders[name] = folder
-    return folders
-
-
-def _with_adapter_of_model(model: str, folders: dict[str, str]) -> dict[str, str]:
-    """Add MODEL itself, under its folder's name, if it is an adapter and there are others to switch to."""
-    from tunesmith.models.find.locate import locate
-
-    if not folders:
-        return folders
-    located = locate(model)
-    if located.kind != "adapter":
-        return folders
-    name = re.sub(r"\W", "_", (located.run or located.path).name)
-    while name in (*folders, "base"):
-        name += "_"
-    return {name: model, **folders}
 
 
 def _read_lines() -> Iterator[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith import __version__
-from tunesmith.cli import options
+from tunesmith.cli import adapter_flag, options
 from tunesmith.cli.answer_progress import AnswerProgress
 from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.cli.sampling_flags import SamplingFlags, with_flags
@@ -43,6 +44,13 @@ def generate(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin the file of --out again, whatever it was made with.")
     ] = False,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="An adapter that rows may name; may be repeated."),
+    ] = None,
+    adapter_column: Annotated[
+        str | None, typer.Option(help="Column of --data with the name of each row's adapter; base: none.")
+    ] = None,
     format: options.Format = None,
     column: options.Columns = None,
     limit: options.Limit = None,
@@ -71,9 +79,15 @@ def generate(
             f"-k {samples} with --temperature 0 gives the same answer {samples} times. Add --temperature 0.8, or "
             "leave out -k."
         )
+    if bool(adapter) != bool(adapter_column) or (adapter and data is None):
+        raise UserError(
+            "--adapter NAME=FOLDER, --adapter-column COLUMN and --data FILE are used together. To answer with one "
+            f"adapter, type its folder: tunesmith generate FOLDER instead of {model}"
+        )
     from tunesmith.data.read.prompts import AskedPrompt
     from tunesmith.evaluate import answer_file
 
+    folders = adapter_flag.with_adapter_of_model(model, adapter_flag.parse_adapters(adapter or []))
     if out is not None:
         answer_file.check_target(out)
     asked: Iterable[AskedPrompt] = [AskedPrompt(1, prompt or "", None)]
@@ -82,25 +96,33 @@ def generate(
     if data is not None:
         reading = {"format": format, "columns": options.parse_columns(column) or None}
         source, file = _open(model, data, reading, limit=limit, split=split, name=name)
+        file = replace(file, adapter_column=adapter_column, adapters=(*folders, adapter_flag.BASE))
         asked, count = file, _check(file)
         asked_from = {"data": _describe_data(source)}
+        if folders:
+            labels = {name: options.label(folder) for name, folder in folders.items()}
+            asked_from |= {"adapters": labels, "adapter_column": adapter_column}
 
     from tunesmith.data.encode.templates import apply_template
     from tunesmith.evaluate.answer_prompts import Queue
+    from tunesmith.models.adapters.adapter_set import load_adapters
     from tunesmith.models.generate import decode
     from tunesmith.models.load.compute_dtype import cast_and_move
     from tunesmith.models.load.load import load
 
     print_stderr(f"loading {model}")
-    pair = load(model)
+    several = load_adapters(model, folders) if folders else None
+    pair = load(model) if several is None else (several.model, several.tokenizer)
     decode.check_writes(pair[0])
     chosen_dtype = cast_and_move(pair[0], precision)
     print_stderr(str(chosen_dtype))
-    if kwargs:
-        apply_template(pair[1], None, kwargs)
+    tokenizers = {} if several is None else several.tokenizers
+    for tokenizer in [one for one in tokenizers.values() if one.chat_template] or [pair[1]]:
+        if kwargs:
+            apply_template(tokenizer, None, kwargs)
     queue = Queue(
         pair, asked, count, sampling.params(pair), samples, system, plain, max_running, sampling.wants_logprobs,
-        note=print_stderr,
+        tokenizers, note=print_stderr,
     )  # fmt: skip
     for warning in queue.check():
         print_stderr(f"warning: {warning}")

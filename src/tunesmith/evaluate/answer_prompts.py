@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -16,12 +16,15 @@ from tunesmith.data.read.prompts import AskedPrompt
 from tunesmith.data.rows import Chat
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
+from tunesmith.models.adapters.adapter_set import BASE
 from tunesmith.models.generate import decode
 from tunesmith.models.generate.engine import MAX_RUNNING, Engine, fingerprint
 from tunesmith.models.generate.row_adapters import ACTIVE
 from tunesmith.models.generate.running_rows import Answer, Request
 from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.models.generate.slots import Timing
+from tunesmith.models.generate.stop_tokens import stop_ids
+from tunesmith.models.network import base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +43,9 @@ class Queue:
 
     The queue is generated in blocks of ``block_prompts`` prompts, each with an engine of its own. The rows
     that run together in a block are therefore the same whether or not other blocks were generated in the same
-    process. ``note``: gets a sentence if the model runs row by row. ``adapter``: as in ``Request``.
+    process. ``tokenizers``: those of the adapters that prompts may name; the model has these adapters, and ``BASE``
+    names the model without any. ``note``: gets a sentence if the model runs row by row. ``adapter``: of prompts that
+    name none, as in ``Request``.
     """
 
     loaded: Loaded
@@ -52,6 +57,7 @@ class Queue:
     plain: bool = False
     max_running: int | None = None
     logprobs: bool = False
+    tokenizers: Mapping[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     note: Callable[[str], None] = lambda sentence: None
     adapter: str | None = ACTIVE
     _past: Timing = field(default_factory=Timing)
@@ -146,11 +152,16 @@ class Queue:
                 yield from (replace(first, sample=sample) for sample in samples)
 
     def _request(self, number: int, asked: AskedPrompt, sample: int) -> Request:
+        name = asked.adapter
+        tokenizer = self.loaded[1] if name is None else self.tokenizers[name]
         try:
-            ids = decode.prompt_ids(asked.prompt, self.loaded[1], self.system, self.plain)
+            ids = decode.prompt_ids(asked.prompt, tokenizer, self.system, self.plain)
         except DataError as error:
             raise DataError(f"row {asked.row}: {error}") from None
-        return Request(tuple(ids), self.params, number, sample, self.adapter)
+        if name is None:
+            return Request(tuple(ids), self.params, number, sample, self.adapter)
+        params = replace(self.params, stop=stop_ids(base(self.loaded[0]), tokenizer))
+        return Request(tuple(ids), params, number, sample, None if name == BASE else name)
 
     def _line(self, asked: AskedPrompt, answer: Answer) -> JsonObject:
         """Return row, sample (from 1), prompt, answer, its tokens, why it ended, and the data's answer."""

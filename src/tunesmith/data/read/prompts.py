@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tunesmith.data.data_config import Source
 from tunesmith.data.read.source import OpenedSource, open_source
-from tunesmith.data.row_problems import Record, RowProblem, bad_rows_error
+from tunesmith.data.row_problems import Record, RowProblem, bad_rows_error, shorten
 from tunesmith.data.rows import (
     Chat,
     Judged,
@@ -33,15 +33,19 @@ class AskedPrompt:
     """The prompt of a row. ``reference``: the answer in the data, the best of several; None = unknown.
 
     ``prompt``: a Chat is rendered with the chat template. A Text is continued without it, as in training. A
-    string comes from a file that does not show which of the two it is."""
+    string comes from a file that does not show which of the two it is. ``adapter``: the name of the adapter that
+    answers; None = the model as it is."""
 
     row: int
     prompt: str | Chat | Text
     reference: TextOrTurns | None
+    adapter: str | None = None
 
     def as_dict(self) -> JsonObject:
-        """``row``, ``prompt`` (a text, or turns), ``tools`` and ``reference`` where there are any."""
+        """``row``, ``prompt`` (a text, or turns), ``adapter``, ``tools`` and ``reference`` where there are any."""
         shown: JsonObject = {"row": self.row, "prompt": self.shown()}
+        if self.adapter is not None:
+            shown["adapter"] = self.adapter
         if isinstance(self.prompt, Chat) and self.prompt.tools:
             shown["tools"] = list(self.prompt.tools)
         return shown if self.reference is None else {**shown, "reference": _shown(self.reference)}
@@ -86,10 +90,13 @@ def _shown(reference: TextOrTurns) -> str | list[Message]:
 class PromptFile:
     """The prompts of a source. Each iteration reads the file again, row by row.
 
-    ``plain``: a prompt that is only text is continued without a chat template."""
+    ``plain``: a prompt that is only text is continued without a chat template. ``adapter_column``: the column that
+    names the adapter of each row, one of ``adapters``."""
 
     opened: OpenedSource
     plain: bool
+    adapter_column: str | None = None
+    adapters: Sequence[str] = ()
 
     @property
     def description(self) -> str:
@@ -131,8 +138,16 @@ class PromptFile:
                 if found is None:
                     fix = "Add the question, or delete the row."
                     yield seen.problem("row", "a turn to answer", "only answers", fix)
-                else:
+                    continue
+                adapter = None if self.adapter_column is None else seen.value.get(self.adapter_column)
+                if adapter is not None and adapter in self.adapters:
+                    yield AskedPrompt(seen.row, *found, str(adapter))
+                elif self.adapter_column is None:
                     yield AskedPrompt(seen.row, *found)
+                else:
+                    expected = f"the name of an adapter ({', '.join(self.adapters)})"
+                    fix = "Correct the name, or add --adapter NAME=FOLDER."
+                    yield seen.problem(self.adapter_column, expected, shorten(adapter), fix)
 
 
 @dataclass(frozen=True)
