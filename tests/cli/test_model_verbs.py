@@ -121,17 +121,18 @@ def test_rows_of_a_file_name_their_adapters(tmp_path: Path, capsys: pytest.Captu
     for seed, name in enumerate(("one", "two")):
         save_adapter(base, folders[name], seed=seed)
     voices = ["two", "base", "one", "two"]
-    rows = [{"prompt": f"Question {n}?", "voice": voice} for n, voice in enumerate(voices)]
+    rows = [{"prompt": "What is it?", "voice": voice} for voice in voices]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rule = ["--max-new-tokens", "6", "--precision", "fp32"]
+    rule = ["--max-new-tokens", "6", "--precision", "fp32", "--logprobs"]
     given = ["--data", str(data), "--adapter", f"one={folders['one']}", "--adapter", f"two={folders['two']}"]
     found = answer(capsys, "generate", str(base), *given, "--adapter-column", "voice", *rule)["answers"]
     assert [one["adapter"] for one in found] == voices
     for one in found:
         alone = answer(capsys, "generate", str(folders[one["adapter"]]), "--prompt", one["prompt"], *rule)
         assert one["answer"] == alone["answers"][0]["answer"]
-    assert len({one["answer"] for one in found}) == 4
+        assert [entry["id"] for entry in one["logprobs"]] == [entry["id"] for entry in alone["answers"][0]["logprobs"]]
+    assert len({one["logprobs"][0]["logprob"] for one in found}) == 3
     assert main(["generate", str(base), *given]) == 2
     assert "--adapter-column COLUMN" in capsys.readouterr().err
     data.write_text(json.dumps({"prompt": "Hi", "voice": "three"}) + "\n" + json.dumps({"prompt": "Hi"}) + "\n")

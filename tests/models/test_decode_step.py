@@ -62,7 +62,7 @@ def test_logits_keys_and_values_are_those_of_the_forward_pass(name: str, changes
     logits = step(torch.tensor([piece.ids[0] for piece in pieces]), run.cache)
     assert torch.allclose(logits, expected, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip((*run.cache.keys, *run.cache.values), wanted, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+        assert torch.allclose(ours, theirs, atol=1e-5, equal_nan=True)  # places without a token hold anything
 
 
 def rounded(model: Any) -> Any:
