@@ -138,7 +138,7 @@ def test_rows_of_a_file_name_their_adapters(tmp_path: Path, capsys: pytest.Captu
     data.write_text(json.dumps({"prompt": "Hi", "voice": "three"}) + "\n" + json.dumps({"prompt": "Hi"}) + "\n")
     assert main(["generate", str(base), *given, "--adapter-column", "voice"]) == 2
     told = capsys.readouterr().err
-    assert ":1:voice" in told and "one, two, base" in told and ":2:voice" in told
+    assert ":1:voice" in told and "one, two, base" in told and "1 more row: 2" in told
 
 
 def chat(model: str, monkeypatch: pytest.MonkeyPatch, said: str, *arguments: str) -> int:
