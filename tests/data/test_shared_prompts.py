@@ -51,7 +51,7 @@ def test_in_every_layout_the_positions_of_a_response_hold_its_prefix_and_its_tok
 def test_sizes_predict_the_tokens_and_rows_of_a_batch(packed, shared):
     answers, lengths = [row["answers"] for row in ROWS], np.array([len(row["input_ids"]) for row in ROWS])
     shapes = shared_prompts.shapes(np.concatenate(answers), np.cumsum([0, *map(len, answers)]))
-    tokens, rows = shared_prompts.sizes(lengths, shapes, Layout(packed, shared))
+    tokens, rows, _ = shared_prompts.sizes(lengths, shapes, Layout(packed, shared))
     batch, _ = shared_prompts.arrange(ROWS, Layout(packed, shared))
     assert batch["input_ids"].numel() == (tokens.sum() if packed else tokens.max() * rows.sum())
     assert rows.tolist() == ([1, 1, 1] if packed else [2, 1, 2])

@@ -67,6 +67,25 @@ def test_each_target_has_a_coefficient_of_its_own(dtype, targets, trained, passe
     close([ours.detach(), *gradients[0]], [theirs.detach(), *gradients[1]], LIMITS[dtype])
 
 
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_a_pass_without_gradients_gives_the_same_to_the_last_bit(dtype, passes, monkeypatch):
+    """And the entropies, also where a token is excluded, without a gradient by the logits."""
+    given = operands(dtype, lm_head.BLOCK + 3, bias=True, new=True)
+    given[2].data[7], given[3][given[3] == 7] = -torch.inf, 8
+    logps = BlockedLogProbs.apply(*[one if one is None else one.detach() if place else one for place, one in enumerate(given)])
+    expected = log_softmax_of_labels(*[one.detach() if torch.is_tensor(one) else one for one in given])
+    hidden, weight, bias, _, rows, new = (one.detach() for one in given)
+    logits = nn.functional.linear(hidden, weight.index_copy(0, rows, new), bias)
+    entropies = torch.distributions.Categorical(logits=logits[:, [*range(7), *range(8, 50)]].double()).entropy()
+    monkeypatch.setattr(lm_head, "loss_and_gradient", lambda *_: pytest.fail("a gradient was computed"))
+    losses, found = lm_head.target_losses(tuple(given), entropies=True)
+    assert torch.equal(-losses, logps)
+    close([found, losses], [entropies, -expected.double()], LIMITS[dtype])
+    assert lm_head.target_losses(tuple(given))[1] is None and not losses.requires_grad
+    given[1].data[5, 0] = torch.nan
+    assert all(not one.isfinite().any() for one in lm_head.target_losses(tuple(given), entropies=True))
+
+
 @pytest.mark.parametrize("new", [False, True])
 @pytest.mark.parametrize("head_trained", [False, True])
 def test_gradcheck(head_trained, new, monkeypatch):

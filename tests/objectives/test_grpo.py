@@ -154,8 +154,9 @@ def test_entropy_is_that_of_the_whole_distribution(temperature, plain):
     model = tiny_model("llama")
     lm_head.use_plain_head(model, plain)
     batch = grpo.Objective(config()).collate(frozen_batch(), PADDED)
-    logps, entropies, _ = log_probs.with_entropies(model, batch, temperature)
     with torch.no_grad():
+        found = log_probs.at_targets(model, batch, temperature, entropies=True)
+        logps, entropies = found.logps, found.entropies
         logits = model(**lm_head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]] / temperature
         everything = torch.distributions.Categorical(logits=logits)
         assert torch.equal(logps, log_probs.log_probs(model, batch, temperature))

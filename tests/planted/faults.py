@@ -329,8 +329,8 @@ FAULTS = [
         "untempered-log-probabilities",
         "old log-probabilities are those at the temperature of the loss",
         "rollout/answer_batch.py",
-        "with_entropies(model, batch, temperature)",
-        "with_entropies(model, batch, 1.0)",
+        "at_targets(model, batch, temperature, entropies=True)",
+        "at_targets(model, batch, 1.0, entropies=True)",
         "tests/rollout/test_rollouts.py -k before_its_first_update",
     ),
     Fault(

@@ -10,6 +10,7 @@ import tunesmith
 from tests.runs import history, recipe
 from tunesmith import machine
 from tunesmith.data.batch.pack import PACKED, PADDED
+from tunesmith.data.batch.shared_prompts import Sizes
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.models import forward_groups
 from tunesmith.objectives import classify, sft
@@ -64,7 +65,7 @@ def test_every_row_comes_once(lengths, most, budget, packed):
         return {"places": places}
 
     layout = PACKED if packed else PADDED
-    found = forward_groups.run_groups(run, (sizes, np.ones_like(sizes)), budget, layout, CPU, str)
+    found = forward_groups.run_groups(run, Sizes(sizes, np.ones_like(sizes)), budget, layout, CPU, str)
     assert all(places == result["places"] for places, result in found)
     assert sorted(place for places, _ in found for place in places) == list(range(len(lengths)))
     assert failed == sorted(set(failed), reverse=True)  # each attempt is smaller than all that did not fit
@@ -75,7 +76,7 @@ def test_another_error_is_not_taken_for_memory():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        forward_groups.run_groups(run, (np.array([3]), np.array([1])), 10, PACKED, CPU, str)
+        forward_groups.run_groups(run, Sizes(np.array([3]), np.array([1])), 10, PACKED, CPU, str)
 
 
 def test_an_evaluation_that_does_not_fit_is_done_in_halves(tmp_path, monkeypatch):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from tunesmith import machine
 from tunesmith.data.batch.pack import Layout
-from tunesmith.data.batch.step import batch_tokens, groups_under
+from tunesmith.data.batch.shared_prompts import Sizes
+from tunesmith.data.batch.step import batch_tokens, groups_of
 from tunesmith.errors import OutOfMemoryError
 
 Result = TypeVar("Result")
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 def run_groups(
     run: Callable[[list[int]], Result],
-    sizes: tuple[np.ndarray, np.ndarray],
+    sizes: Sizes,
     budget: int,
     layout: Layout,
     device: torch.device,
@@ -27,15 +27,14 @@ def run_groups(
 ) -> list[tuple[list[int], Result]]:
     """Return (indices, ``run(indices)``) of every micro-batch of at most ``budget`` tokens.
 
-    ``sizes``: tokens and rows of each example, see ``shared_prompts.sizes``. ``groups``: the micro-batches to
+    ``groups``: the micro-batches to
     begin with. A micro-batch that does not fit
     into memory is halved, and later ones stay as small: without gradients more rows go together than in a
     training step, and they may be longer than any that was tried. Raises OutOfMemoryError with the ``name``
     of an example that does not fit alone.
     """
-    lengths, rows = sizes
     if groups is None:
-        groups = groups_under(lengths.tolist(), budget, layout, rows.tolist())
+        groups = groups_of(sizes, budget, layout)
     results: list[tuple[list[int], Result]] = []
     while groups:
         group, *others = groups
@@ -46,15 +45,16 @@ def run_groups(
             continue
         machine.release_memory(device)
         if len(group) == 1:
-            size = batch_tokens(lengths[group], rows[group], layout)
+            size = batch_tokens(sizes, layout, group)
             raise OutOfMemoryError(
                 f"{name(group[0])}: this row alone ({size} tokens) needs more memory than the machine has left.\n"
                 "  Lower max_length (train.max_length, or --max-length), or take a smaller model."
             )
         half = group[: (len(group) + 1) // 2]
-        budget = batch_tokens(lengths[half], rows[half], layout)
+        budget = batch_tokens(sizes, layout, half)
         left = [place for part in groups for place in part]
-        smaller = groups_under(lengths[left].tolist(), budget, layout, rows[left].tolist())
+        rest = Sizes(*(None if column is None else column[left] for column in sizes))
+        smaller = groups_of(rest, budget, layout)
         groups = [[left[place] for place in places] for places in smaller]
     return results
 

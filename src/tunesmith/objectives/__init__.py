@@ -88,7 +88,7 @@ class Traits:
     deterministic: bool = False
     """Dropout is off, because log-probabilities and rewards must depend on the weights alone."""
     shares_prompts: bool = False
-    """An example holds several answers to one prompt (``data.batch.shared_prompts``)."""
+    """A batch computes once what several answers begin with (``data.batch.shared_prompts``)."""
     needs_reference: bool = False
     """Examples need the ``reference_logps`` that :meth:`Objective.reference_logps` returned before step 1."""
     starter: Mapping[str, object] = field(default_factory=lambda: {"path": "builtin:docstrings"})
@@ -129,7 +129,7 @@ def answer_traits(row: type, rate: float, value_head: bool = False) -> Traits:
     ``rate`` and ``value_head``: as in ``Traits``."""
     return Traits(
         rows=(row,), best=("eval_reward", "max"), figures=("eval_reward",), fits_rows=True, deterministic=True,
-        samples=True, value_head=value_head, rate=rate,
+        samples=True, value_head=value_head, rate=rate, shares_prompts=True,
         starter_keys={"rewards": [{"type": "length", "max": 30, "unit": "words"}, {"type": "final_stop"}]},
     )  # fmt: skip
 

@@ -188,12 +188,12 @@ class Objective(AnswerObjective, objectives.Objective):
 
     def measure(self, model: PreTrainedModel, batch: Batch) -> list[dict[str, np.ndarray]]:
         from tunesmith.models.heads import value_head
-        from tunesmith.models.heads.log_probs import with_entropies
+        from tunesmith.models.heads.log_probs import at_targets
         from tunesmith.rollout import answer_batch
 
-        logps, entropies, hidden = with_entropies(model, batch, self.config.temperature)
-        values = value_head.values_at(model, hidden)
-        return answer_batch.arrays(batch, old_logps=logps, entropies=entropies, old_values=values)
+        found = at_targets(model, batch, self.config.temperature, entropies=True)
+        values = value_head.values_at(model, found.hidden)
+        return answer_batch.arrays(batch, old_logps=found.logps, entropies=found.entropies, old_values=values)
 
     def finish(self, answers: Sequence[SampledAnswer]) -> JsonObject:
         """Add ``advantages`` and ``returns`` to the tokens of each answer, over the whole iteration."""

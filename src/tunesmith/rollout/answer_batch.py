@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunesmith.data.batch import pack
+from tunesmith.data.batch import pack, shared_prompts
 from tunesmith.data.batch.pack import Batch, Example, Layout
-from tunesmith.models.heads.log_probs import with_entropies
+from tunesmith.models.heads.log_probs import at_targets
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-NOT_OF_TOKENS = ("input_ids", "supervised", "row", "content", "cut")
+NOT_OF_TOKENS = ("input_ids", "supervised", "prefix", "row", "content", "cut")
 """Arrays of an example that do not belong to the tokens of its answer."""
 
 
 def with_answers(examples: Sequence[Example], layout: Layout) -> Batch:
     """``pack.with_targets``, whose targets are the tokens of the answers, (tokens,); a prompt that has no
-    answer, in the parity check of an evaluation, is a target itself.
+    answer, in the parity check of an evaluation, is a target itself. A shared layout holds once what
+    neighbours begin with, such as the prompt of several answers (``shared_prompts.prefixes``).
 
     Arrays of the answers' tokens (``old_logps``, ``advantages``, ...) are joined, (tokens,). ``owners``
     (tokens,): the answer of each token. ``lengths``: tokens of each answer, on the host. ``rows``: see
@@ -30,26 +31,50 @@ def with_answers(examples: Sequence[Example], layout: Layout) -> Batch:
     examples = [
         {"supervised": np.ones(len(example["input_ids"]), np.bool_), **example} for example in examples
     ]
-    batch = pack.with_targets(examples, layout)
-    # the first token of a row is no target, so a prompt without a token would shift the arrays
-    lengths = [int(np.count_nonzero(example["supervised"][1:])) for example in examples]
+    joined_prompts = shared_prompts.join(examples, layout.packed and layout.shared)
+    batch, places = shared_prompts.arrange(joined_prompts, layout)
+    # the first token of a row is no target: no token predicts it
+    targets = [np.flatnonzero(example["supervised"][1:]) + 1 for example in examples]
+    lengths = [len(tokens) for tokens in targets]
+    joined = {
+        "positions": np.concatenate(
+            [place[tokens - 1] for place, tokens in zip(places, targets, strict=True)]
+        ),
+        "labels": np.concatenate(
+            [example["input_ids"][tokens] for example, tokens in zip(examples, targets, strict=True)]
+        ).astype(np.int64),
+    }
     names = [name for name in examples[0] if name not in NOT_OF_TOKENS]
-    joined = {name: np.concatenate([example[name] for example in examples]) for name in names}
+    joined |= {name: np.concatenate([example[name] for example in examples]) for name in names}
     owners = np.repeat(np.arange(len(examples)), lengths)
     rows = pack.file_rows(examples)
     return {**batch, **pack.tensors(**joined, owners=owners), "lengths": lengths, "rows": rows}
 
 
+def with_prefixes(examples: Sequence[Example]) -> list[Example]:
+    """Add ``prefix``, the tokens to compute once for neighbours."""
+    prompts = [example["input_ids"][~example["supervised"]] for example in examples]
+    found = shared_prompts.prefixes(prompts)
+    return [{**one, "prefix": np.array([tokens])} for one, tokens in zip(examples, found, strict=True)]
+
+
+def by_prompt(answers: np.ndarray, num_generations: int) -> np.ndarray:
+    """Return the indices of answers with those to a prompt together, in the order of each prompt's first."""
+    _, first, prompt = np.unique(answers // num_generations, return_index=True, return_inverse=True)
+    return answers[np.argsort(first[prompt], kind="stable")]
+
+
 def measure(model: PreTrainedModel, batch: Batch, temperature: float) -> list[dict[str, np.ndarray]]:
     """Return ``old_logps`` and ``entropies`` (tokens,) of each answer, at ``temperature``."""
-    logps, entropies, _ = with_entropies(model, batch, temperature)
-    return arrays(batch, old_logps=logps, entropies=entropies)
+    found = at_targets(model, batch, temperature, entropies=True)
+    return arrays(batch, old_logps=found.logps, entropies=found.entropies)
 
 
-def arrays(batch: Batch, **values: torch.Tensor) -> list[dict[str, np.ndarray]]:
-    """Return ``values``, (tokens,) each, as arrays of each answer, by name."""
-    columns = zip(*(by_answer(one, batch) for one in values.values()), strict=True)
-    return [dict(zip(values, of_answer, strict=True)) for of_answer in columns]
+def arrays(batch: Batch, **values: torch.Tensor | None) -> list[dict[str, np.ndarray]]:
+    """Return ``values``, (tokens,) each, as arrays of each answer, by name; None is left out."""
+    given = {name: one for name, one in values.items() if one is not None}
+    columns = zip(*(by_answer(one, batch) for one in given.values()), strict=True)
+    return [dict(zip(given, of_answer, strict=True)) for of_answer in columns]
 
 
 def by_answer(values: torch.Tensor, batch: Batch) -> list[np.ndarray]:

@@ -76,9 +76,14 @@ class AnswerObjective:
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
         """Return (-log p, tokens) of each answer of a batch that lies in memory."""
-        from tunesmith.models.heads.lm_head import row_losses
+        import torch
 
-        return {"rows": row_losses(model, batch)}
+        from tunesmith.models.heads.log_probs import log_probs
+        from tunesmith.rollout import answer_batch
+
+        with torch.no_grad():
+            logps = answer_batch.by_answer(log_probs(model, batch), batch)
+        return {"rows": [(-float(one.sum(dtype=np.float64)), len(one)) for one in logps if len(one)]}
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
         """Return the figures of sampled answers, or the mean loss of answers that were not scored."""

@@ -129,6 +129,7 @@ class RewardModel:
 
     def __call__(self, answers: Sequence[Completion]) -> np.ndarray:
         from tunesmith.data.batch.pack import PADDED
+        from tunesmith.data.batch.shared_prompts import Sizes
         from tunesmith.models import forward_groups
 
         examples = [self._encode(answer) for answer in answers]
@@ -136,7 +137,7 @@ class RewardModel:
         forward, device = self._forward()
         results = forward_groups.run_groups(
             lambda group: forward(self._batch([examples[index] for index in group])),
-            (lengths, np.ones_like(lengths)), BUDGET_TOKENS, PADDED, device,
+            Sizes(lengths, np.ones_like(lengths)), BUDGET_TOKENS, PADDED, device,
             lambda index: f"the reward of {answers[index].name}",
         )  # fmt: skip
         rewards = np.zeros(len(answers))

@@ -95,7 +95,8 @@ class Rollouts:
         count = len(rows.order(0))
         iterations = max(1, -int(-count * rows.passes // self.prompts))
         steps = rows.max_steps or iterations * self.per_iteration
-        self.plan = Plan(steps, max(1, round(count / self.prompts)) * self.per_iteration)
+        per_epoch = max(1, round(count / self.prompts)) * self.per_iteration
+        self.plan = Plan(steps, per_epoch, self.per_iteration)
         self.params = keys.sampling(run.seed)
         self.iteration = -1
         """Number of the iteration that ``answers`` belong to, from 0."""
@@ -138,15 +139,20 @@ class Rollouts:
 
     def _step(self, number: int, place: int) -> Step:
         epoch, batch = divmod(place, self.per_epoch)
-        examples = [answer.example() for answer in self.answers]
+        examples = answer_batch.with_prefixes([answer.example() for answer in self.answers])
         names = [answer.name for answer in self.answers]
-        return Step(number, Listed(examples, names), self._mini_batches(epoch)[batch], self.learner.collate)
+        listed = Listed(examples, names, shares=True)
+        return Step(number, listed, self._mini_batches(epoch)[batch], self.learner.collate)
 
     def _mini_batches(self, epoch: int) -> list[np.ndarray]:
-        """Indices of ``answers`` in each mini-batch of a pass."""
+        """Indices of ``answers`` in each mini-batch of a pass. The answers to a prompt follow one another, so
+        that they share its forward pass (see ``data.batch.shared_prompts``)."""
         stream = random_stream(MINI_BATCHES, self.run.seed, self.iteration, epoch)
         order = stream.permutation(self.prompts * self.keys.num_generations)
-        return np.split(order, self.per_epoch)
+        return [
+            answer_batch.by_prompt(part, self.keys.num_generations)
+            for part in np.split(order, self.per_epoch)
+        ]
 
     def _require_fresh(self, number: int) -> None:
         """Raise StaleRolloutError unless the weights are those that sampled the answers."""
@@ -273,7 +279,7 @@ class Rollouts:
             "stopped": float(np.mean([answer.stopped for answer in self.answers])),
             "zero_variance": (useless + replaced) / (self.prompts + replaced),
             **({"replaced": replaced} if self.most_resamples else {}),
-            **_mismatch(self.answers),
+            **sampled_answers.mismatch(self.answers),
             **figures,
             **{f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()},
             "rollout_tokens_per_second": float(lengths.sum()) / max(self.seconds["rollout"], 1e-9),
@@ -298,23 +304,29 @@ class Rollouts:
     def preview(self, most: int) -> Sequence[Step]:
         """Prompts followed by as many tokens as an answer may have, without anything that is measured."""
         data, count = self.run.epochs.data, len(self.run.epochs.order(0))
-        longest = np.argsort(-data.lengths, kind="stable")[: self.mini_batch].tolist()
+        prompts = -(-self.mini_batch // self.keys.num_generations)
+        longest = np.argsort(-data.lengths, kind="stable")[:prompts].tolist()
         chosen = [
-            [self._row((number * self.mini_batch + index) % count) for index in range(self.mini_batch)]
+            [self._row((number * prompts + index) % count) for index in range(prompts)]
             for number in range(min(most, self.per_epoch))
         ]
         if most > 1:
-            chosen.append(np.resize(longest, self.mini_batch).tolist())
+            chosen.append(np.resize(longest, prompts).tolist())
         return [self._previewed(number, rows) for number, rows in enumerate(chosen, 1)]
 
-    def _previewed(self, number: int, rows: Sequence[int]) -> Step:
+    def _previewed(self, number: int, prompts: Sequence[int]) -> Step:
+        """The answers to a prompt differ: they are its tokens from another place on."""
         data = self.run.epochs.data
+        rows = np.repeat(prompts, self.keys.num_generations)[: self.mini_batch].tolist()
         examples = []
-        for row in rows:
+        for place, row in enumerate(rows):
             prompt = data[row]["input_ids"]
-            ids = np.resize(prompt, len(prompt) + self.keys.max_new_tokens).astype(np.int32)
+            answer = np.resize(
+                np.roll(prompt, -(place % self.keys.num_generations)), self.keys.max_new_tokens
+            )
+            ids = np.concatenate([prompt, answer]).astype(np.int32)
             examples.append({"input_ids": ids, "supervised": np.arange(len(ids)) >= len(prompt)})
-        listed = Listed(examples, [data.where(row) for row in rows])
+        listed = Listed(answer_batch.with_prefixes(examples), [data.where(row) for row in rows], shares=True)
         return Step(number, listed, np.arange(len(rows)), self.learner.collate)
 
     def distinct(self) -> None:
@@ -382,11 +394,3 @@ def score(run: Session, rewards: Rewards, answers: Sequence[SampledAnswer], prom
     for number, answer in enumerate(answers):
         answer.scores = {name: float(values[number]) for name, values in scored.by_name.items()}
         answer.scores[TOTAL] = float(scored.total[number])
-
-
-def _mismatch(answers: Sequence[SampledAnswer]) -> JsonObject:
-    """Return the largest difference between log-probabilities of the engine and of the training forward."""
-    pairs = [(one.logprobs, one.tokens["old_logps"]) for one in answers if len(one.logprobs)]
-    if not pairs:
-        return {}
-    return {"sampler_mismatch": max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)}

@@ -67,6 +67,14 @@ class SampledAnswer:
         return {"input_ids": ids, "supervised": supervised, **self.tokens}
 
 
+def mismatch(answers: Sequence[SampledAnswer]) -> JsonObject:
+    """Return the largest difference between log-probabilities of the engine and of the training forward."""
+    pairs = [(one.logprobs, one.tokens["old_logps"]) for one in answers if len(one.logprobs)]
+    if not pairs:
+        return {}
+    return {"sampler_mismatch": max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)}
+
+
 FACTS = ("place", "sample", "row", "text", "reason", "fingerprint", "scores")
 """Fields that a checkpoint keeps as JSON; the others are arrays."""
 

@@ -183,7 +183,7 @@ def install(ready: setup.Setup, built: setup.Built, note: Callable[[str], None])
 def _why_not(ready: setup.Setup, model: PreTrainedModel) -> str | None:
     """Return why the body's hidden states change from step to step, or why the loss cannot use kept ones."""
     if ready.objective.traits.shares_prompts:
-        return "a row has several answers"
+        return "answers share the forward pass of their prompt"
     if ready.recipe.train.neftune_noise_alpha is not None:
         return "train.neftune_noise_alpha adds noise to the embeddings"
     layers = base(model).base_model.modules()

@@ -193,9 +193,9 @@ def longest_row(job: Job) -> int:
     """Return the tokens of the longest row. The micro-batch that holds this row cannot be smaller."""
     largest = 0
     for step in job.source.preview(PREVIEWED):
-        lengths, rows = step.data.sizes(step.rows, job.layout)
-        place = [int(np.argmax(lengths * rows))]
-        largest = max(largest, batch_tokens(lengths[place], rows[place], job.layout))
+        sizes = step.data.sizes(step.rows, job.layout)
+        place = int(np.argmax(sizes.tokens * sizes.rows))
+        largest = max(largest, batch_tokens(sizes, job.layout, [place]))
     return largest
 
 

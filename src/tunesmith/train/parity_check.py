@@ -185,12 +185,22 @@ def without_zeros(model: PreTrainedModel) -> Iterator[None]:
 
 
 def shorten(example: Example) -> Example:
-    """Return the row's first tokens, supervised if none of them is; rows of task heads stay whole."""
+    """Return the row's first tokens, with some around the first supervised one; rows of task heads stay whole."""
     if "answers" in example:
         return preference_batch.shorten(example, CHECK_TOKENS // 2, CHECK_TOKENS // 4)
     if "supervised" not in example:
         return example
-    short = {name: np.array(values[:CHECK_TOKENS]) for name, values in example.items()}
-    if not short["supervised"][1:].any():
+    supervised = np.flatnonzero(example["supervised"][1:]) + 1
+    places = np.arange(len(example["input_ids"]))
+    kept = places < CHECK_TOKENS
+    if len(supervised) and supervised[0] >= CHECK_TOKENS:  # the answer to a long prompt
+        kept = (places < CHECK_TOKENS // 2) | (abs(places - supervised[0]) < CHECK_TOKENS // 4)
+    short = {
+        name: np.array(values[kept] if len(values) == len(places) else values)
+        for name, values in example.items()
+    }
+    if "prefix" in example:
+        short["prefix"] = np.array([kept[: int(example["prefix"][0])].sum()])
+    if not len(supervised):
         short["supervised"][:] = True
     return short

@@ -2,17 +2,32 @@
 
 An example holds the common prefix once, then the rest of each response: ``input_ids`` (P + A_1 + ... + A_K,)
 and ``answers`` (P, A_1, ..., A_K). Responses are numbered through the whole batch, in order.
+
+Sampled answers are one example each, a prompt and its answer: :func:`join` makes such an example of neighbours
+that begin alike, by the ``prefix`` of each (see :func:`prefixes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from tunesmith.data.batch import pack
 from tunesmith.data.batch.pack import Batch, Example, Layout
+
+
+class Sizes(NamedTuple):
+    """Tokens and rows that each of n examples takes in a batch, int64 (n,) each."""
+
+    tokens: np.ndarray
+    """Packed: the tokens that the example adds. Padded: those of its longest row."""
+    rows: np.ndarray
+    repeated: np.ndarray | None = None
+    """int64 (n,): tokens that the batch does not hold again where the example before is in it, because both
+    begin with them. None = no tokens of any example."""
 
 
 def arrange(examples: Sequence[Example], layout: Layout) -> tuple[Batch, list[np.ndarray]]:
@@ -62,18 +77,17 @@ def shapes(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.stack([prefix, prefix + np.maximum.reduceat(own, first), np.diff(starts) - 1])
 
 
-def sizes(lengths: np.ndarray, shapes: np.ndarray | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, rows), int64 (n,) each, that examples take in a batch.
+def sizes(lengths: np.ndarray, shapes: np.ndarray | None, layout: Layout) -> Sizes:
+    """Return what examples take in a batch.
 
-    Packed: the tokens that each example adds, in one row. Padded: the tokens of its longest row, and how many
-    rows it has. ``shapes``: see :func:`shapes`; None where each example is a single sequence.
+    ``shapes``: see :func:`shapes`; None where each example is a single sequence.
     """
     if shapes is None:
-        return lengths, np.ones_like(lengths)
+        return Sizes(lengths, np.ones_like(lengths))
     prefix, longest, count = shapes
     if not layout.packed:
-        return longest, count
-    return lengths + (0 if layout.shared else (count - 1) * prefix), np.ones_like(count)
+        return Sizes(longest, count)
+    return Sizes(lengths + (0 if layout.shared else (count - 1) * prefix), np.ones_like(count))
 
 
 def separate(example: Example) -> list[np.ndarray]:
@@ -82,3 +96,58 @@ def separate(example: Example) -> list[np.ndarray]:
     ids = example["input_ids"]
     bounds = pairwise(accumulate(responses, initial=prefix))
     return [np.concatenate([ids[:prefix], ids[start:end]]) for start, end in bounds]
+
+
+def prefixes(prompts: Sequence[np.ndarray]) -> list[int]:
+    """Return the tokens of each prompt to compute once for neighbours that begin with them.
+
+    Either whole prompts, for several answers to each; or the beginning of all prompts (the chat template's, a
+    system message), where that saves more."""
+    first = prompts[0]
+    common = min(len(prompt) for prompt in prompts)
+    for prompt in prompts:
+        differing = np.flatnonzero(first[:common] != prompt[:common])
+        common = int(differing[0]) if len(differing) else common
+    distinct = {prompt.tobytes(): len(prompt) for prompt in prompts}
+    saved = sum(len(prompt) for prompt in prompts) - sum(distinct.values())
+    if common * (len(prompts) - 1) > saved:
+        return [common] * len(prompts)
+    return [len(prompt) for prompt in prompts]
+
+
+def _prefix(example: Example) -> np.ndarray:
+    """The tokens of ``prefix``; by default the prompt, which ends where ``supervised`` begins."""
+    given = example.get("prefix")
+    return example["input_ids"][: int(np.argmax(example["supervised"]) if given is None else given[0])]
+
+
+def repeated(examples: Sequence[Example]) -> np.ndarray:
+    """int64 (n,): tokens of each example's prefix if it is that of the example before, else 0."""
+    found, before = np.zeros(len(examples), np.int64), np.zeros(0, np.int32)
+    for number, example in enumerate(examples):
+        prefix = _prefix(example)
+        if np.array_equal(prefix, before):
+            found[number] = len(prefix)
+        before = prefix
+    return found
+
+
+def join(examples: Sequence[Example], shared: bool) -> list[Example]:
+    """Return the examples with a prompt and its answer each as examples with ``answers``, in order.
+
+    ``shared``: neighbours with the same prefix become one."""
+    families: list[list[Example]] = []
+    for example, tokens in zip(examples, repeated(examples), strict=True):
+        if shared and tokens:
+            families[-1].append(example)
+        else:
+            families.append([example])
+    joined = []
+    for family in families:
+        prefix = _prefix(family[0])
+        parts = [example["input_ids"][len(prefix) :] for example in family]
+        joined.append({
+            "input_ids": np.concatenate([prefix, *parts]),
+            "answers": np.array([len(prefix), *map(len, parts)], np.int32),
+        })  # fmt: skip
+    return joined

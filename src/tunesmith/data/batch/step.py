@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from tunesmith.data.batch import shared_prompts
 from tunesmith.data.batch.pack import Batch as Batch
 from tunesmith.data.batch.pack import Example as Example
 from tunesmith.data.batch.pack import Layout
+from tunesmith.data.batch.shared_prompts import Sizes
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ class Examples(Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
-    def sizes(self, rows: np.ndarray | slice, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, rows) that the examples ``rows`` take in a micro-batch, see ``shared_prompts.sizes``."""
+    def sizes(self, rows: np.ndarray | slice, layout: Layout) -> Sizes:
+        """What the examples ``rows`` take in a micro-batch in this order, see ``shared_prompts.sizes``."""
 
     def where(self, index: int) -> str:
         """Name of an example in an error: ``file:row``, ``rollout:prompt:sample``."""
@@ -46,10 +48,13 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Listed:
-    """Examples in memory, with the name of each."""
+    """Examples in memory, with the name of each.
+
+    ``shares``: their ``collate`` computes the prompt of neighbours once in a shared layout."""
 
     examples: Sequence[Example]
     names: Sequence[str]
+    shares: bool = False
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -61,7 +66,11 @@ class Listed:
     def lengths(self) -> np.ndarray:
         return np.array([len(example["input_ids"]) for example in self.examples], np.int64)
 
-    def sizes(self, rows: np.ndarray | slice, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    def sizes(self, rows: np.ndarray | slice, layout: Layout) -> Sizes:
+        if self.shares and layout.packed and layout.shared:
+            chosen = np.arange(len(self))[rows]
+            repeated = shared_prompts.repeated([self.examples[row] for row in chosen])
+            return Sizes(self.lengths[rows], np.ones_like(chosen), repeated)
         shapes = None
         if "answers" in self.examples[0]:
             answers = [example["answers"] for example in self.examples]
@@ -118,7 +127,7 @@ class Step:
 
     def tokens(self, places: Sequence[int], layout: Layout) -> int:
         """Tokens of these examples as one micro-batch, padding included."""
-        return batch_tokens(*self.data.sizes(self.rows[list(places)], layout), layout)
+        return batch_tokens(self.data.sizes(self.rows[list(places)], layout), layout)
 
     def micro(self, places: Sequence[int], layout: Layout, idle: bool = False) -> Micro:
         """Collate these examples as one micro-batch."""
@@ -155,17 +164,19 @@ class Step:
         return replace(self, data=Listed(examples, self.names()), rows=np.arange(len(self)))
 
     def _groups(self, places: Sequence[int], budget: int, layout: Layout) -> list[list[int]]:
-        tokens, rows = self.data.sizes(self.rows[list(places)], layout)
-        groups = groups_under(tokens.tolist(), budget, layout, rows.tolist())
+        groups = groups_of(self.data.sizes(self.rows[list(places)], layout), budget, layout)
         return [[places[index] for index in group] for group in groups]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of a run: ``steps`` in all, ``steps_per_epoch`` (the last one of an epoch may be short)."""
+    """Steps of a run: ``steps`` in all, ``steps_per_epoch`` (the last one of an epoch may be short).
+
+    ``steps_per_iteration``: steps that a source makes together, of the answers that it sampled."""
 
     steps: int
     steps_per_epoch: int
+    steps_per_iteration: int = 1
 
     def epoch(self, step: int) -> float:
         """Epochs done after ``step``."""
@@ -205,13 +216,23 @@ def first_examples(source: Source) -> Step:
     return replace(step, rows=step.rows[places])
 
 
+def groups_of(sizes: Sizes, budget: int, layout: Layout) -> list[list[int]]:
+    """:func:`groups_under` for examples of these sizes."""
+    repeated = None if sizes.repeated is None else sizes.repeated.tolist()
+    return groups_under(sizes.tokens.tolist(), budget, layout, sizes.rows.tolist(), repeated)
+
+
 def groups_under(
-    lengths: Sequence[int], budget: int, layout: Layout, rows_each: Sequence[int] | None = None
+    lengths: Sequence[int],
+    budget: int,
+    layout: Layout,
+    rows_each: Sequence[int] | None = None,
+    repeated: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Indices of examples in groups of at most ``budget`` tokens, padding included.
 
     An example above the budget is a group by itself. Padded rows are grouped by length; packed rows stay in
-    order. ``rows_each``: how many padded rows each example takes (None = one).
+    order. ``rows_each``: how many padded rows each example takes (None = one). ``repeated``: see ``Sizes``.
     """
     packed = layout.packed
     order = range(len(lengths)) if packed else np.argsort(-np.asarray(lengths), kind="stable").tolist()
@@ -220,19 +241,26 @@ def groups_under(
     for row in order:
         longest_now = max(longest, lengths[row])
         more = lengths[row] if packed else 1 if rows_each is None else rows_each[row]
-        cost = used + more if packed else longest_now * (used + more)
+        added = more - repeated[row] if packed and repeated is not None else more
+        cost = used + added if packed else longest_now * (used + more)
         if groups and cost <= budget:
             groups[-1].append(row)
-            used, longest = used + more, longest_now
+            used, longest = used + added, longest_now
         else:
             groups.append([row])
             used, longest = more, lengths[row]
     return groups
 
 
-def batch_tokens(tokens: np.ndarray, rows: np.ndarray, layout: Layout) -> int:
-    """Tokens of a micro-batch, padding included, from its ``shared_prompts.sizes``."""
-    return int(tokens.sum() if layout.packed else tokens.max() * rows.sum())
+def batch_tokens(sizes: Sizes, layout: Layout, places: Sequence[int] | None = None) -> int:
+    """Tokens of a micro-batch, padding included, of the examples at ``places`` in this order (None = all)."""
+    chosen = list(range(len(sizes.tokens)) if places is None else places)
+    if not layout.packed:
+        return int(sizes.tokens[chosen].max() * sizes.rows[chosen].sum())
+    tokens = int(sizes.tokens[chosen].sum())
+    if sizes.repeated is None:
+        return tokens
+    return tokens - sum(int(sizes.repeated[b]) for a, b in pairwise(chosen) if b == a + 1)
 
 
 def heaviest_micro_batch(

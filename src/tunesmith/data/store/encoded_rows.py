@@ -11,6 +11,7 @@ import numpy as np
 
 from tunesmith.data.batch import shared_prompts
 from tunesmith.data.batch.pack import PADDED, Example, Layout
+from tunesmith.data.batch.shared_prompts import Sizes
 from tunesmith.data.store.cache import Entry, targets
 
 Overlong = Literal["error", "split", "drop", "truncate"]
@@ -102,15 +103,15 @@ class Encoded:
                 out[:, mine] = of_entry[:, self.views.example[mine]]
         return out
 
-    def sizes(self, rows: np.ndarray | slice, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, rows) that examples take in a micro-batch, see ``shared_prompts.sizes``."""
+    def sizes(self, rows: np.ndarray | slice, layout: Layout) -> Sizes:
+        """What the examples ``rows`` take in a micro-batch, see ``shared_prompts.sizes``."""
         shapes = None if self.shapes is None else self.shapes[:, rows]
         return shared_prompts.sizes(self.lengths[rows], shapes, layout)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence: of an example, or of one response with its prompt."""
-        return int(self.sizes(slice(None), PADDED)[0].max())
+        return int(self.sizes(slice(None), PADDED).tokens.max())
 
     def where(self, index: int) -> str:
         """``file:row`` that example ``index`` was made from."""

@@ -59,8 +59,8 @@ class Epochs:
         chosen = set(range(1, min(steps, most) + 1))
         if 1 < most < steps:
             for layout in (PADDED, PACKED, Layout(packed=True)):  # the run's layout is not known yet
-                tokens, rows = self.data.sizes(slice(None), layout)
-                longest = int(np.argmax(tokens * rows))
+                sizes = self.data.sizes(slice(None), layout)
+                longest = int(np.argmax(sizes.tokens * sizes.rows))
                 holds_it = (step for step in range(most + 1, steps + 1) if longest in self.rows(step))
                 chosen.update(islice(holds_it, 1))
         return [self.step(number) for number in sorted(chosen)]

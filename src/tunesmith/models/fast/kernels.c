@@ -129,6 +129,24 @@ void F(cross_entropy)(T *logits, const i64 *labels, float *losses, i64 rows, i64
     }
 }
 
+/* The loss of cross_entropy, to the last bit, and the entropy of softmax(logits), without gradients: the logits
+ * are read twice and never written. */
+void F(losses_and_entropies)(
+    const T *logits, const i64 *labels, float *losses, float *entropies, i64 rows, i64 vocabulary) {
+    PARALLEL EACH(i, rows) {
+        const T *row = logits + i * vocabulary;
+        float top = -INFINITY, sum = 0.0f, dot = 0.0f;
+        SIMD_MAX(top) EACH(j, vocabulary) { float x = GET(row[j]); top = x > top ? x : top; }
+        PRAGMA(omp simd reduction(+ : sum, dot)) EACH(j, vocabulary) {
+            float below = GET(row[j]) - top, e = fast_exp(below);
+            sum += e;
+            dot += e * (below < -87.0f ? 0.0f : below); /* 0 log 0 = 0 */
+        }
+        losses[i] = top + logf(sum) - GET(row[labels[i]]);
+        entropies[i] = logf(sum) - dot / sum;
+    }
+}
+
 /* scores (heads, rows, columns) -> causal softmax(scale * scores), in place. The rows are the last of
  * `columns` positions: row r attends to columns 0 .. columns - rows + r, the others become 0. */
 void F(causal_softmax)(T *scores, float scale, i64 heads, i64 rows, i64 columns) {

@@ -185,10 +185,7 @@ def row_losses(model: PreTrainedModel, batch: Batch) -> list[tuple[float, int]]:
     if given is None:
         losses = plain_losses(model, batch)
     else:
-        hidden, weight, bias, labels, rows, new = given
-        losses = torch.zeros(len(hidden), dtype=exact_dtype(hidden), device=hidden.device)
-        for _ in gradient_blocks(hidden, with_new(weight, rows, new), bias, labels, losses):
-            pass
+        losses, _ = target_losses(given)
     positions = batch["positions"].cpu().numpy()
     if "segments" in batch:  # no target is the first token of its row, so the row also holds its position
         row_of = np.searchsorted(np.cumsum(batch["segments"]), positions, side="right")
@@ -312,6 +309,35 @@ def gradient_blocks(
         here = slice(start, start + BLOCK)
         logits = nn.functional.linear(hidden[here], weight, bias)
         yield here, loss_and_gradient(logits, labels[here], losses[here])
+
+
+@torch.no_grad()
+def target_losses(given: BlockedArguments, entropies: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each target and, where asked for, the entropy of the distribution there, (targets,) each.
+
+    For a pass without gradients: no gradient by the logits is computed. ``given``: see :func:`blocked`."""
+    hidden, weight, bias, labels, rows, new = given
+    used = with_new(weight, rows, new)
+    losses = torch.zeros(len(hidden), dtype=exact_dtype(hidden), device=hidden.device)
+    found = torch.zeros_like(losses)
+    for start in range(0, len(hidden), BLOCK):
+        here = slice(start, start + BLOCK)
+        logits = nn.functional.linear(hidden[here], used, bias)
+        if kernels.available(logits):
+            results = losses[here], found[here]
+            kernels.call("losses_and_entropies", logits.dtype, logits, labels[here], *results, *logits.shape)
+            continue
+        exact = logits.to(losses.dtype)
+        losses[here] = torch.logsumexp(exact, dim=-1) - exact.gather(1, labels[here, None])[:, 0]
+        if entropies:
+            found[here] = entropies_of(exact)
+    return losses, found if entropies else None
+
+
+def entropies_of(logits: Tensor) -> Tensor:
+    """(n, vocabulary) -> (n,): -sum p log p of each row's softmax, differentiable."""
+    exact = logits.to(exact_dtype(logits)).log_softmax(dim=-1)
+    return -(exact.exp() * exact).nan_to_num(0.0).sum(dim=-1)  # 0 log 0 = 0
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:

@@ -45,22 +45,21 @@ class AtTargets:
 def at_targets(
     model: PreTrainedModel, batch: Batch, temperature: float = 1.0, entropies: bool = False
 ) -> AtTargets:
-    """Return :func:`log_probs`, hidden states and ``entropies``, all differentiable."""
+    """Return :func:`log_probs`, hidden states and ``entropies``, differentiable where gradients are enabled.
+
+    Without them nothing is computed that only a backward pass needs."""
     given = lm_head.blocked(model, batch)
     if given is None:
         logits, labels, hidden = lm_head.plain_logits(model, batch)
         logits = logits / temperature
         logps = -nn.functional.cross_entropy(logits, labels, reduction="none")
-        return AtTargets(logps, hidden, _entropies_of(logits) if entropies else None)
+        return AtTargets(logps, hidden, lm_head.entropies_of(logits) if entropies else None)
     scaled = _tempered(given, temperature)
+    if not torch.is_grad_enabled():
+        losses, found = lm_head.target_losses(scaled, entropies)
+        return AtTargets(losses.neg_(), given[0], found)
     logps = BlockedLogProbs.apply(*scaled)
     return AtTargets(logps, given[0], _blocked_entropies(*scaled) if entropies else None)
-
-
-def _entropies_of(logits: Tensor) -> Tensor:
-    """(n, vocabulary) -> (n,): -sum p log p."""
-    exact = logits.to(lm_head.exact_dtype(logits)).log_softmax(dim=-1)
-    return -(exact.exp() * exact).nan_to_num(0.0).sum(dim=-1)  # 0 log 0 = 0
 
 
 def _blocked_entropies(
@@ -75,33 +74,10 @@ def _blocked_entropies(
     used = lm_head.with_new(weight, rows, new)
 
     def of_block(states: Tensor) -> Tensor:
-        return _entropies_of(nn.functional.linear(states, used, bias))
+        return lm_head.entropies_of(nn.functional.linear(states, used, bias))
 
     blocks = [checkpoint(of_block, states, use_reentrant=False) for states in hidden.split(lm_head.BLOCK)]
     return torch.cat(blocks)
-
-
-@torch.no_grad()
-def with_entropies(
-    model: PreTrainedModel, batch: Batch, temperature: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return :func:`log_probs`, the entropy of the distribution at each target, (targets,), and the hidden
-    states of :func:`at_targets`."""
-    given = lm_head.blocked(model, batch)
-    if given is None:
-        logits, labels, hidden = lm_head.plain_logits(model, batch)
-        logps = -nn.functional.cross_entropy(logits / temperature, labels, reduction="none")
-        return logps, _entropies_of(logits / temperature), hidden
-    states, weight, bias, labels, rows, new = _tempered(given, temperature)
-    losses = torch.zeros(len(states), dtype=lm_head.exact_dtype(states), device=states.device)
-    entropies = torch.zeros_like(losses)
-    used = lm_head.with_new(weight, rows, new)
-    for here, gradient in lm_head.gradient_blocks(states, used, bias, labels, losses):
-        # the gradient by the logits is the probabilities, less 1 at the label
-        at_label = torch.exp(-losses[here])[:, None]
-        probabilities = gradient.scatter_(1, labels[here, None], at_label.to(gradient.dtype))
-        entropies[here] = -torch.special.xlogy(probabilities, probabilities).sum(-1, dtype=losses.dtype)
-    return -losses, entropies, given[0]
 
 
 def _tempered(given: lm_head.BlockedArguments, temperature: float) -> lm_head.BlockedArguments:
@@ -140,15 +116,16 @@ class BlockedLogProbs(torch.autograd.Function):
         rows: Tensor | None = None,
         new: Tensor | None = None,
     ) -> Tensor:
-        ctx.kept = recompute = any(ctx.needs_input_grad[1:])
+        ctx.kept = any(ctx.needs_input_grad[1:])
+        given = hidden, weight, bias, labels, rows, new
+        if ctx.kept or not ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*given)
+            return lm_head.target_losses(given)[0].neg_()
         losses = torch.zeros(len(hidden), dtype=lm_head.exact_dtype(hidden), device=hidden.device)
-        by_target = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not recompute else None
-        used = lm_head.with_new(weight, rows, new)
+        by_target, used = torch.empty_like(hidden), lm_head.with_new(weight, rows, new)
         for here, gradient in lm_head.gradient_blocks(hidden, used, bias, labels, losses):
-            if by_target is not None:
-                torch.mm(gradient, used, out=by_target[here])
-        saved = (hidden, weight, bias, labels, rows, new) if recompute else (by_target,)
-        ctx.save_for_backward(*saved)
+            torch.mm(gradient, used, out=by_target[here])
+        ctx.save_for_backward(by_target)
         return losses.neg_()
 
     @staticmethod
