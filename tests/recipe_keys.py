@@ -147,8 +147,8 @@ IDLE = {
     "tag": {**WRITES_NOTHING, "max_unlearnable": "data", "separator": "data.train.0"},
     "dpo": JUDGED,
     "kto": JUDGED,
-    "grpo": {**JUDGED, "max_minutes": "train"},
-    "ppo": {**JUDGED, "max_minutes": "train"},
+    "grpo": JUDGED,
+    "ppo": JUDGED,
     "reward": {**JUDGED, "generate": "data.eval", "prompts": "samples", "count": "samples", "max_new_tokens": "samples"},
     "qa": {**WRITES_NOTHING, "max_unlearnable": "data", "separator": "data.train.0"},
 }

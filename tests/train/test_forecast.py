@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tunesmith
+from tests.rollout.sampling import made as made_of_prompts
 from tests.runs import TASKS, apart, history, recipe, rows, weights
 from tunesmith import machine
 from tunesmith.cli.main import main
@@ -19,7 +20,8 @@ from tunesmith.errors import OutOfMemoryError, RecipeError
 from tunesmith.models.heads import lm_head
 from tunesmith.objectives import sft
 from tunesmith.runs import metrics_file
-from tunesmith.train import loop, memory_budget
+from tunesmith.train import forecast, loop, memory_budget
+from tunesmith.train.session import RunSession
 
 LOSS = lm_head.lm_loss
 SUMS = {"optim_args": {"eps": 1e-3}, "learning_rate": 1e-3}
@@ -236,6 +238,30 @@ def test_a_measured_check_says_memory_and_time_and_keeps_nothing(tmp_path):
     assert found["total_seconds"] >= found["train_seconds"] + 2 * found["evaluation_seconds"] > 0
     assert found["seconds_per_step"] * 4 == pytest.approx(found["train_seconds"])
     assert 0 <= found["peak_memory_bytes"] < found["needed_memory_bytes"] < found["memory_limit_bytes"]
+
+
+def test_a_measured_check_of_a_policy_times_an_iteration(tmp_path, monkeypatch):
+    """By a clock that stands still except in sampling, which takes 3 s, and in a step, which takes 1 s."""
+    made = made_of_prompts(tmp_path, type="ppo", rewards=[{"type": "length", "target": 3}])
+    made["data"]["eval"] = {"fraction": 0.25}
+    before, now, asked = sorted(tmp_path.rglob("*")), [0.0], []
+
+    def taking(seconds, function):
+        def timed(*given):
+            now[0] += seconds
+            asked.append(len(given[1]))
+            return function(*given)
+
+        return timed
+
+    monkeypatch.setattr(forecast, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(RunSession, "sample", taking(3.0, RunSession.sample))
+    monkeypatch.setattr(loop, "train_step", taking(1.0, loop.train_step))
+    found = tunesmith.check(made, measure=True)["forecast"]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert asked == [16, 8, 8, 8, 8, 2], "an iteration of four steps, and an evaluation of two prompts"
+    assert found["steps_per_iteration"] == 4 and found["seconds_per_step"] == (3 + 4) / 4
+    assert found["train_seconds"] == found["steps"] * found["seconds_per_step"] and found["evaluation_seconds"] == 3
 
 
 @pytest.mark.parametrize("objective", TASKS)

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tunesmith
+from tests.rollout.sampling import made as made_of_prompts
 from tests.runs import apart, history, killed_before, recipe, weights
+from tunesmith.data.batch.step import Plan
 from tunesmith.errors import RecipeError
 from tunesmith.runs import run_folder
 from tunesmith.train import forecast, reproduce, time_plan
@@ -50,6 +52,22 @@ def test_the_measured_steps_change_nothing(tmp_path, monkeypatch, adaptation, pr
     timed = tunesmith.train(made, out=tmp_path / "timed")
     assert history(tmp_path / "timed") == history(tmp_path / "plain") and timed["steps"] == 3
     assert apart(weights(plain["model_dir"]), weights(timed["model_dir"])) == 0
+    assert manifest(tmp_path / "timed")["time_plan"]["measured"]["step"] > 0
+
+
+@pytest.mark.parametrize("adaptation", ["full", {"type": "lora", "r": 4}])
+def test_the_measured_iteration_changes_nothing(tmp_path, monkeypatch, adaptation):
+    """A policy samples, scores and takes the steps of an iteration; what adapts from one to the next begins anew."""
+    keys = dict(type="ppo", kl_coef=0.1, target_kl=0.01, horizon=100, reward_normalization="std")
+    short, timed = (
+        {"epochs": 1.0, "max_steps": 8, "precision": "bf16", **more} for more in ({}, {"max_steps": 12, "max_minutes": 5})
+    )
+    plain = tunesmith.train(made_of_prompts(tmp_path, adaptation=adaptation, train=short, **keys), out=tmp_path / "plain")
+    monkeypatch.setattr(Costs, "most_steps", lambda self, ready, seconds: 8)
+    found = tunesmith.train(made_of_prompts(tmp_path, adaptation=adaptation, train=timed, **keys), out=tmp_path / "timed")
+    assert history(tmp_path / "timed") == history(tmp_path / "plain") and found["steps"] == 8
+    assert len({record["kl_coef"] for record in history(tmp_path / "plain") if record["kind"] == "rollout"}) == 2
+    assert apart(weights(plain["model_dir"]), weights(found["model_dir"])) == 0
     assert manifest(tmp_path / "timed")["time_plan"]["measured"]["step"] > 0
 
 
@@ -130,15 +148,17 @@ def test_times_counts_what_is_due(every, steps, per_epoch):
     assert times(every, steps, per_epoch) == counted
 
 
-@given(st.floats(0.1, 20), st.floats(0, 20), EVERY, EVERY, st.integers(1, 300), st.floats(1, 900))
-def test_the_steps_fill_the_time_and_no_more(step, evaluation, eval_steps, save_steps, most, seconds):
+@given(st.floats(0.1, 20), st.floats(0, 20), EVERY, EVERY, st.integers(1, 300), st.floats(1, 900), st.integers(1, 8))
+def test_the_steps_fill_the_time_with_whole_iterations(step, evaluation, eval_steps, save_steps, most, seconds, together):
     train = TrainConfig(eval_steps=eval_steps, save_steps=save_steps)
-    plan = SimpleNamespace(steps=most, steps_per_epoch=17)
+    plan = Plan(most, 17, together)
     ready = SimpleNamespace(recipe=SimpleNamespace(train=train), source=SimpleNamespace(plan=plan), data=SimpleNamespace(eval=[]))
     costs = dataclasses.replace(COSTS, step=step, evaluation=evaluation)
     steps = costs.most_steps(ready, seconds)
-    assert 1 <= steps <= most and (steps == 1 or costs.total(ready, steps) <= seconds)
-    assert steps == most or costs.total(ready, steps + 1) > seconds
+    assert 1 <= steps <= most and (steps == most or steps % together == 0)
+    first = min(together, most)
+    assert steps == first or costs.total(ready, -(-steps // together) * together) <= seconds
+    assert steps == most or costs.total(ready, steps + together) > seconds
 
 
 def test_a_recorded_plan_is_that_of_a_resumed_run_alone(tmp_path):

@@ -134,10 +134,14 @@ def _forecast_lines(forecast: JsonObject) -> list[tuple[str, str]]:
         time += f", the reference {seconds['reference']}"
     if forecast["evaluations"]:
         time += f", {forecast['evaluations']} evaluations of {seconds['evaluation']}"
+    per_iteration = forecast["steps_per_iteration"]
+    iteration = (
+        f"{step * per_iteration:.1f} s an iteration of {per_iteration} steps, " if per_iteration > 1 else ""
+    )
     return [
         ("memory", f"{peak} at most, above the program itself; the whole process {needed} of {limit}"),
         ("", f"micro-batches of at most {budget:,} tokens, the heaviest {heaviest:,}"),
-        ("speed", f"{step:.2f} s a step, {speed:,.0f} tokens/s"),
+        ("speed", f"{iteration}{step:.2f} s a step, {speed:,.0f} tokens/s"),
         ("time", f"about {seconds['total']} to the end: {time}, saving {seconds['saving']}"),
     ]  # fmt: skip
 

@@ -93,8 +93,6 @@ def _objective_rules(recipe: Recipe, sources: Mapping[str, Source]) -> list[Rule
           for key in ("prompts", "count", "max_new_tokens")),
         (changed(recipe.data, "max_unlearnable") and (traits.fits_rows or not writes_text),
          f"data.max_unlearnable does nothing: every row of {name} has something to learn"),
-        (traits.samples and recipe.train.max_minutes,
-         f"train.max_minutes: the time that {name} samples is not measured before the run. Set train.max_steps"),
         *((traits.deterministic and value,
            f"{key}: {name} compares log-probabilities or rewards, which must depend on the weights alone. Leave it out")
           for key, value in random_keys),

@@ -1,11 +1,13 @@
 """Measure the memory and the time that a whole run needs on this machine.
 
 ``tunesmith check --measure`` prints the result of ``forecast``, and ``train.time_plan`` calls ``measure``.
-Both time real steps, an evaluation and a save. They estimate no time from the shape of the network.
+Both time real steps, an evaluation and a save. They estimate no time from the shape of the network. Of a policy
+that learns from its own answers they time the whole first iteration: sampling, rewards, log-probabilities and steps.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import time
@@ -38,6 +40,9 @@ PLANNED_SHARE = 0.93
 
 EVALUATED = 16
 """Most rows that one forward measurement times."""
+
+ANSWERED = 64
+"""Most prompts that the measurement of an evaluation answers: about as many as the engine takes at once."""
 
 
 def forecast(
@@ -106,12 +111,15 @@ class Costs:
         return evaluations + float(sum(parts[f"{name}_seconds"] for name in ("train", "saving", "reference")))
 
     def most_steps(self, ready: setup.Setup, seconds: float) -> int:
-        """Return the largest number of planned steps that take at most ``seconds``; at least 1."""
-        low, high = 1, ready.source.plan.steps
+        """Return the largest number of planned steps that take at most ``seconds``: whole iterations, at least
+        one."""
+        plan = ready.source.plan
+        low, high = 1, -(-plan.steps // plan.steps_per_iteration)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.total(ready, middle) <= seconds else (low, middle - 1)
-        return low
+            fits = self.total(ready, middle * plan.steps_per_iteration) <= seconds
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return min(plan.steps, low * plan.steps_per_iteration)
 
 
 def _measure_run(
@@ -132,8 +140,9 @@ def _measure_run(
     report("trying the heaviest micro-batch")
     memory_budget.settle(job, train.micro_batch_tokens == "auto", limit)
     start_seconds = time.perf_counter() - started
-    report("taking a few steps")
-    timing = _time_steps(job)
+    ready.session.budget = job.budget
+    report("running an iteration" if ready.objective.traits.samples else "taking a few steps")
+    timing = _time_steps(job, ready)
     memory = memory_budget.measure_memory(job, limit)  # again: the optimiser has allocated its state by now
     costs = _measure_costs(job, ready, built.fast_path, timing, report)
     peak = int(torch.cuda.max_memory_allocated(ready.device)) if cuda else machine.peak_memory_bytes()
@@ -155,7 +164,8 @@ def _measure_run(
         else memory_budget.remedies(job, memory, capacity, memory_budget.longest_row(job)),
         "steps": steps,
         "seconds_per_step": parts["train_seconds"] / steps,
-        "tokens_per_second": _tokens_of_run(ready.source) / plan.steps * steps / parts["train_seconds"],
+        "steps_per_iteration": plan.steps_per_iteration,
+        "tokens_per_second": timing.step_tokens * steps / parts["train_seconds"],
         **parts,
         "total_seconds": start_seconds + costs.total(ready, steps),
     }
@@ -171,7 +181,7 @@ def time_left(minutes: float, spent: float) -> float:
 
 def measure(job: Job, ready: setup.Setup, chosen: fast_path.FastPath) -> Costs:
     """Time a few real steps, an evaluation and a save. The steps change the trained weights."""
-    return _measure_costs(job, ready, chosen, _time_steps(job), lambda stage: None)
+    return _measure_costs(job, ready, chosen, _time_steps(job, ready), lambda stage: None)
 
 
 def _measure_costs(
@@ -186,13 +196,12 @@ def _measure_costs(
     report("evaluating some rows")
     evaluation = _evaluation_seconds(job, ready, chosen)
     compared = [] if ready.reference is None else ready.all_examples()
-    reference = sum(_forward_seconds(job, step) for step in compared)
+    reference = sum(_forward_seconds(job, ready, step) for step in compared)
     report("saving the model and a checkpoint")
     model, checkpoint = _saving_seconds(job, ready, chosen)
     seconds = timing.seconds + time.perf_counter() - started
-    step = _tokens_of_run(ready.source) / plan.steps * timing.per_token + timing.update
     return Costs(
-        step, timing.first_extra, evaluation, model, checkpoint, reference,
+        timing.step_tokens * timing.per_token + timing.update, timing.first_extra, evaluation, model, checkpoint, reference,
         min(plan.steps, plan.steps_per_epoch), seconds,
     )  # fmt: skip
 
@@ -201,21 +210,25 @@ def _measure_costs(
 class StepTiming:
     """Seconds per token (forward and backward), per optimiser update, and extra seconds of the first step.
 
-    ``seconds``: duration of the measurement.
+    ``seconds``: duration of the measurement. ``step_tokens``: mean tokens of a step of the run. Where a policy
+    samples, ``update`` is the whole time of a step: its share of an iteration.
     """
 
     per_token: float
     update: float
     first_extra: float
     seconds: float
+    step_tokens: float
 
 
-def _time_steps(job: Job) -> StepTiming:
+def _time_steps(job: Job, ready: setup.Setup) -> StepTiming:
     """Time real steps. Each takes different rows, because the first pass with a new shape is slower.
 
     The steps cover one interval of ``loop.TRIM_STEPS``, so that they reach the peak memory of a run. If steps
     are slow, the measurement ends after ``MAX_SECONDS``.
     """
+    if ready.objective.traits.samples:
+        return _time_iteration(job, ready)
     passes, tokens, first, first_tokens = 0.0, 0, 0.0, 0
     updates: list[float] = []
     began = time.perf_counter()
@@ -244,7 +257,29 @@ def _time_steps(job: Job) -> StepTiming:
         tokens += step_tokens
     per_token, update = passes / max(1, tokens), sum(updates) / len(updates)
     first_extra = max(0.0, first - first_tokens * per_token - update)
-    return StepTiming(per_token, update, first_extra, time.perf_counter() - began)
+    step_tokens = _tokens_of_run(job.source) / job.source.plan.steps
+    return StepTiming(per_token, update, first_extra, time.perf_counter() - began, step_tokens)
+
+
+def _time_iteration(job: Job, ready: setup.Setup) -> StepTiming:
+    """Time the first iteration of a source that samples. The source and the run's records stay as they are."""
+    plan, session, tokens = job.source.plan, ready.session, 0.0
+    steps = min(plan.steps_per_iteration, plan.steps)
+    kept, append = copy.deepcopy(job.source.state()), session.append
+    session.append = lambda record: None
+    began = ended = time.perf_counter()
+    try:
+        for step in job.source.steps(1):
+            if step.number > steps:  # the iteration ended early
+                break
+            tokens += loop.train_step(job, step)["tokens"]
+            ended = time.perf_counter()
+            if step.number == steps:
+                break
+    finally:
+        session.append = append
+    job.source.load(*kept)
+    return StepTiming(0.0, (ended - began) / steps, 0.0, time.perf_counter() - began, tokens / steps)
 
 
 def _typical_steps(source: Source, number: int) -> list[Step]:
@@ -287,7 +322,9 @@ def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: fast_path.FastPath
     data, config = ready.data.eval, ready.recipe.samples
     if data is None:
         return 0.0
-    seconds = _forward_seconds(job, Step(0, data, np.arange(len(data)), ready.objective.collate))
+    held_out = Step(0, data, np.arange(len(data)), ready.objective.collate)
+    measure = _answering_seconds if ready.objective.traits.samples else _forward_seconds
+    seconds = measure(job, ready, held_out)
     if ready.objective.traits.head == "lm" and (prompts := samples.prompts(config, data, ready.tokenizer)):
         started = time.perf_counter()
         with fast_path.plain_attention(job.model, chosen):
@@ -306,7 +343,15 @@ def _answer_seconds(ready: setup.Setup) -> float:
     return (time.perf_counter() - started) * len(ready.prompts.requests) / len(some)
 
 
-def _forward_seconds(job: Job, step: Step) -> float:
+def _answering_seconds(job: Job, ready: setup.Setup, step: Step) -> float:
+    """Return the seconds of sampling and scoring an answer to each prompt of ``step``, extrapolated from some."""
+    part = replace(step, rows=step.rows[:ANSWERED])
+    started = time.perf_counter()
+    job.objective.sample_records(ready.session, part)
+    return (time.perf_counter() - started) * len(step) / len(part)
+
+
+def _forward_seconds(job: Job, ready: setup.Setup, step: Step) -> float:
     """Return the seconds of a forward pass over ``step``, extrapolated from a sample across its lengths."""
     order = np.argsort(step.lengths, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(EVALUATED, len(order))).astype(int)]

@@ -46,7 +46,7 @@ from tunesmith.train.meta_model import Outline, build_outline, window_of
 from tunesmith.train.reference import Reference
 from tunesmith.train.session import RunSession
 from tunesmith.train.update import Update
-from tunesmith.train.weights_at_start import WeightsAtStart
+from tunesmith.train.weights_at_start import WeightsAtStart, weights_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -277,6 +277,8 @@ def build(setup: Setup, out: Path) -> Built:
     if objective.traits.keeps_start:
         setup.session.weights_at_start = WeightsAtStart(masters.parameters)
     notes = [*quantization.lines(model), *dropout_notes, *noise_notes, *chosen.notes]
+    if objective.traits.samples:
+        notes.append(weights_line(model, masters.masters, setup.session.weights_at_start))
     return Built(model, update, row_noise, chosen, notes)
 
 

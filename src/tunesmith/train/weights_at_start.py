@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
+from tunesmith.runs.figure_format import size
+
 
 class WeightsAtStart:
     """A copy of the trained ``parameters`` of the network."""
@@ -20,6 +22,10 @@ class WeightsAtStart:
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self._parameters = parameters
         self._kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @property
+    def bytes(self) -> int:
+        return sum(one.nbytes for one in self._kept.values())
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -37,3 +43,18 @@ class WeightsAtStart:
             now = parameter.detach().clone()
             parameter.copy_(self._kept[name])
             self._kept[name] = now
+
+
+def weights_line(
+    model: torch.nn.Module, masters: Mapping[str, torch.Tensor], start: WeightsAtStart | None
+) -> str:
+    """Return a line with the memory of the weights of policy, value model and reference.
+
+    ``masters``: what the optimiser updates; in fp32 the network's own parameters."""
+    network = {one.data_ptr(): one.nbytes for one in model.parameters()}
+    others = sum(one.nbytes for one in masters.values() if one.data_ptr() not in network)
+    parts = [f"the network {size(sum(network.values()))}"]
+    parts += [f"fp32 masters of what is trained {size(others)}"] * bool(others)
+    kept = 0 if start is None else start.bytes
+    parts += [f"the reference, a copy of what is trained, {size(kept)}"] * bool(kept)
+    return f"weights: {size(sum(network.values()) + others + kept)} in memory: {', '.join(parts)}"
