@@ -37,7 +37,7 @@ def answers(prompts=PROMPTS, lengths=ANSWERS):
     return made
 
 
-BEGINNING = [{**one, "prefix": np.array([3])} for one in answers()]
+BEGINNING = [{**one, "shared": np.array([3])} for one in answers()]
 """The same with the first three tokens of all prompts to share."""
 
 

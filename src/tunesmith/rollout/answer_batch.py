@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-NOT_OF_TOKENS = ("input_ids", "supervised", "prefix", "row", "content", "cut")
+NOT_OF_TOKENS = ("input_ids", "supervised", "shared", "row", "content", "cut")
 """Arrays of an example that do not belong to the tokens of its answer."""
 
 
@@ -52,10 +52,10 @@ def with_answers(examples: Sequence[Example], layout: Layout) -> Batch:
 
 
 def with_prefixes(examples: Sequence[Example]) -> list[Example]:
-    """Add ``prefix``, the tokens to compute once for neighbours."""
+    """Add ``shared``, the number of first tokens to compute once for neighbours."""
     prompts = [example["input_ids"][~example["supervised"]] for example in examples]
     found = shared_prompts.prefixes(prompts)
-    return [{**one, "prefix": np.array([tokens])} for one, tokens in zip(examples, found, strict=True)]
+    return [{**one, "shared": np.array([tokens])} for one, tokens in zip(examples, found, strict=True)]
 
 
 def by_prompt(answers: np.ndarray, num_generations: int) -> np.ndarray:

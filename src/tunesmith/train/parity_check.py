@@ -199,8 +199,8 @@ def shorten(example: Example) -> Example:
         name: np.array(values[kept] if len(values) == len(places) else values)
         for name, values in example.items()
     }
-    if "prefix" in example:
-        short["prefix"] = np.array([kept[: int(example["prefix"][0])].sum()])
+    if "shared" in example:
+        short["shared"] = np.array([kept[: int(example["shared"][0])].sum()])
     if not len(supervised):
         short["supervised"][:] = True
     return short

@@ -4,7 +4,7 @@ An example holds the common prefix once, then the rest of each response: ``input
 and ``answers`` (P, A_1, ..., A_K). Responses are numbered through the whole batch, in order.
 
 Sampled answers are one example each, a prompt and its answer: :func:`join` makes such an example of neighbours
-that begin alike, by the ``prefix`` of each (see :func:`prefixes`).
+that begin alike, by the length ``shared`` of each (see :func:`prefixes`).
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def prefixes(prompts: Sequence[np.ndarray]) -> list[int]:
 
 
 def _prefix(example: Example) -> np.ndarray:
-    """The tokens of ``prefix``; by default the prompt, which ends where ``supervised`` begins."""
-    given = example.get("prefix")
+    """The first ``shared`` tokens; by default the prompt, which ends where ``supervised`` begins."""
+    given = example.get("shared")
     return example["input_ids"][: int(np.argmax(example["supervised"]) if given is None else given[0])]
 
 
