@@ -40,7 +40,7 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def sizes(self, rows: np.ndarray | slice, layout: Layout) -> Sizes:
-        """What the examples ``rows`` take in a micro-batch in this order, see ``shared_prompts.sizes``."""
+        """Return what the examples ``rows`` take in a micro-batch, in this order; see ``shared_prompts.sizes``."""
 
     def where(self, index: int) -> str:
         """Name of an example in an error: ``file:row``, ``rollout:prompt:sample``."""

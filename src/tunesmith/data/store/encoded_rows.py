@@ -104,7 +104,7 @@ class Encoded:
         return out
 
     def sizes(self, rows: np.ndarray | slice, layout: Layout) -> Sizes:
-        """What the examples ``rows`` take in a micro-batch, see ``shared_prompts.sizes``."""
+        """Return what the examples ``rows`` take in a micro-batch, see ``shared_prompts.sizes``."""
         shapes = None if self.shapes is None else self.shapes[:, rows]
         return shared_prompts.sizes(self.lengths[rows], shapes, layout)
 
