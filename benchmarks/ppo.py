@@ -49,7 +49,7 @@ def prompts(count: int) -> list[str]:
 
     from tunesmith.data.read import builtin
 
-    return [row["instruction"] for row, _ in islice(builtin.rows("docstrings"), count)]
+    return [row["instruction"] for row, _ in islice(builtin.rows("builtin:docstrings"), count)]
 
 
 def make_reward(out: Path) -> Path:

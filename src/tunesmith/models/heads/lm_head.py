@@ -337,7 +337,8 @@ def target_losses(given: BlockedArguments, entropies: bool = False) -> tuple[Ten
 def entropies_of(logits: Tensor) -> Tensor:
     """(n, vocabulary) -> (n,): -sum p log p of each row's softmax, differentiable."""
     exact = logits.to(exact_dtype(logits)).log_softmax(dim=-1)
-    return -(exact.exp() * exact).nan_to_num(0.0).sum(dim=-1)  # 0 log 0 = 0
+    finite = exact.clamp_min(torch.finfo(exact.dtype).min)  # 0 log 0 = 0, and what is not a number stays so
+    return -(exact.exp() * finite).sum(dim=-1)
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
