@@ -53,8 +53,7 @@ def run_groups(
         half = group[: (len(group) + 1) // 2]
         budget = batch_tokens(sizes, layout, half)
         left = [place for part in groups for place in part]
-        rest = Sizes(*(None if column is None else column[left] for column in sizes))
-        smaller = groups_of(rest, budget, layout)
+        smaller = groups_of(sizes.of(left), budget, layout)
         groups = [[left[place] for place in places] for places in smaller]
     return results
 

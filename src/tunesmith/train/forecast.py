@@ -257,8 +257,8 @@ def _time_steps(job: Job, ready: setup.Setup) -> StepTiming:
         tokens += step_tokens
     per_token, update = passes / max(1, tokens), sum(updates) / len(updates)
     first_extra = max(0.0, first - first_tokens * per_token - update)
-    step_tokens = _tokens_of_run(job.source) / job.source.plan.steps
-    return StepTiming(per_token, update, first_extra, time.perf_counter() - began, step_tokens)
+    mean_tokens = _tokens_of_run(job.source) / job.source.plan.steps
+    return StepTiming(per_token, update, first_extra, time.perf_counter() - began, mean_tokens)
 
 
 def _time_iteration(job: Job, ready: setup.Setup) -> StepTiming:

@@ -29,6 +29,12 @@ class Sizes(NamedTuple):
     """int64 (n,): tokens that the batch does not hold again where the example before is in it, because both
     begin with them. None = no tokens of any example."""
 
+    def of(self, places: Sequence[int]) -> Sizes:
+        """Return the sizes of the examples at ``places``."""
+        chosen = list(places)
+        repeated = None if self.repeated is None else self.repeated[chosen]
+        return Sizes(self.tokens[chosen], self.rows[chosen], repeated)
+
 
 def arrange(examples: Sequence[Example], layout: Layout) -> tuple[Batch, list[np.ndarray]]:
     """Return the batch, and the positions of each response with its prefix in the flattened batch, (P + A,).
