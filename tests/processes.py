@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = (
@@ -124,6 +124,53 @@ def run_together(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], ti
             process.kill()
 
 
+class Fork:
+    """A fork of this process that runs ``python ARGS``. It has what torchrun's agent uses of ``subprocess.Popen``."""
+
+    def __init__(self, args: Sequence[str], env: Mapping[str, str], stdout: IO[str] | None, stderr: IO[str] | None) -> None:
+        assert args[0] == sys.executable, f"only for Python: {args}"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.args = args
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, file in ((1, stdout), (2, stderr)):
+                if file is not None:
+                    os.dup2(file.fileno(), number)
+            _execute(args[1:], env, list(sys.path))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.005)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def fork_ranks() -> None:
+    """Let torchrun's agent in this process fork it, instead of starting interpreters that import torch for seconds."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler as module
+
+    def popen(handler: Any, args: Sequence[str], env: Mapping[str, str]) -> Fork:
+        return Fork(args, env, handler._stdout, handler._stderr)
+
+    module.SubprocessHandler._popen = popen  # type: ignore[method-assign,assignment]
+
+
 # ------------------------------------------------------------------------------------------------------------- the server
 
 
@@ -175,15 +222,23 @@ def _become(job: dict[str, Any], path: list[str]) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(job["folder"]) / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.clear()
-    os.environ.update(job["env"])
     os.chdir(job["cwd"])
-    words = [word for word in job["args"] if word != "-P"]
-    own = [folder for folder in job["env"].get("PYTHONPATH", "").split(os.pathsep) if folder]
+    _execute(job["args"], job["env"], path)
+
+
+def _execute(args: Sequence[str], env: Mapping[str, str], path: Sequence[str]) -> None:
+    """Run ``python ARGS`` in this process, and leave it."""
+    os.environ.clear()
+    os.environ.update(env)
+    words = [word for word in args if word != "-P"]
+    own = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
     inherited = [folder for folder in path if folder not in (str(ROOT), "")]
-    sys.path[:] = [*([] if "-P" in job["args"] else [job["cwd"]]), *own, *inherited]
+    sys.path[:] = [*([] if "-P" in args else [os.getcwd()]), *own, *inherited]
+    sys.modules.pop("sitecustomize", None)
     code = 0
     try:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module("sitecustomize")  # as every interpreter does first
         if words[0] == "-c":
             sys.argv = ["-c", *words[2:]]
             exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})

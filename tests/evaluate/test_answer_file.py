@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
+import os
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import processes
+from tests.kill_points import in_fork
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import UserError
 from tunesmith.evaluate.answer_file import AnswerFile, partial_path
 
-KILLED = """
-import os, signal, sys
-from tunesmith.cli.main import main
-from tunesmith.evaluate.answer_file import AnswerFile
-add, left = AnswerFile.add, [int(sys.argv[1])]
-def added(self, *args):
-    add(self, *args)
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-AnswerFile.add = added
-finish = AnswerFile.finish
-AnswerFile.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL) if int(sys.argv[1]) < 0 else finish(self)
-sys.exit(main(sys.argv[2:]))
-"""
+
+def killed_at(method: str, call: int, words: list[str]) -> str:
+    """Run the program in a fork that SIGKILL ends after so many calls of a method of AnswerFile. Returns its stderr."""
+    function, calls = getattr(AnswerFile, method), []
+
+    def counted(self: AnswerFile, *args: Any) -> Any:
+        if method == "add":
+            function(self, *args)
+        calls.append(method)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with tempfile.NamedTemporaryFile("w+", buffering=1) as errors, pytest.MonkeyPatch.context() as patch:
+
+        def run() -> int:
+            with contextlib.redirect_stderr(errors):
+                return main(words)
+
+        patch.setattr(AnswerFile, method, counted)
+        assert in_fork(run) == (-signal.SIGKILL, None)
+        return Path(errors.name).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +61,13 @@ def test_a_killed_file_goes_on_to_the_same_bytes(
     flags = "--precision", precision, "--top-p", "0.9"
     whole, out = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
     assert main(command(folder, whole, *flags)) == 0
-    killed = processes.run([sys.executable, "-c", KILLED, "11", *command(folder, out, *flags)])
-    assert killed.returncode == -9 and not out.exists(), killed.stderr
+    killed_at("add", 11, command(folder, out, *flags))
+    assert not out.exists()
     assert len(partial_path(out).read_bytes().splitlines()) == 12  # with the header
     partial_path(out).open("ab").write(b'{"index": 3, "li')  # a write that a kill cut in two
-    again = processes.run([sys.executable, "-c", KILLED, "-1", *command(folder, out, *flags)])  # all answered, not yet published
-    assert again.returncode == -9 and not out.exists()
-    assert f"continuing {partial_path(out)}: {kept} of 22 answers are there" in again.stderr.replace("\n", " ")
+    again = killed_at("finish", 1, command(folder, out, *flags))  # all answered, not yet published
+    assert not out.exists()
+    assert f"continuing {partial_path(out)}: {kept} of 22 answers are there" in again.replace("\n", " ")
     capsys.readouterr()
     assert main(command(folder, out, *flags)) == 0
     assert "22 of 22 answers are there" in capsys.readouterr().err

@@ -68,8 +68,10 @@ def without_codegen(monkeypatch):
     monkeypatch.setattr(torch_compile, "enable", partial(torch_compile.enable, backend="aot_eager"))
 
 
-@needs_compiler
-def test_compiled_code_has_the_gradients_of_the_plain_path(choose_route):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.long, needs_compiler])])
+def test_compiled_code_has_the_gradients_of_the_plain_path(backend, choose_route, monkeypatch):
+    """aot_eager is all of the compiler but its last part, which makes C++ or Triton code and takes most of a minute."""
+    monkeypatch.setattr(torch_compile, "enable", partial(torch_compile.enable, backend=backend))
     model = tiny_model("llama")
     chosen, rows = choose_route(model)
     expected = gradients(model, rows[1:])

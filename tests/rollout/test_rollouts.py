@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 import tunesmith
-from tests import processes
-from tests.processes import ROOT
+from tests.kill_points import in_fork
 from tests.rollout.sampling import made, rule
 from tests.runs import apart, history, killed_before, weights
 from tests.train import launching
@@ -113,36 +111,23 @@ def test_a_stopped_run_goes_on_without_sampling_twice(whole, tmp_path, monkeypat
     assert len(sampled) == 3 - -(-(step - 1) // PER_ITERATION)
 
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-import tunesmith
-from tests.rollout.sampling import rule
-from tunesmith.rollout.rewards import Rewards
-from tunesmith.train import loop, session
+@pytest.mark.parametrize(
+    ("place", "name", "call"),
+    [(RunSession, "sample", 2), (Rewards, "score", 2), (loop, "train_step", 7)],
+    ids=["rollout", "scoring", "update"],
+)
+def test_a_killed_process_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, place, name, call):
+    recipe, function, calls = made(tmp_path, beta=0.1, train=EVERY_STEP), getattr(place, name), []
 
-def dies(function, when):
-    def wrapped(*args, **kwargs):
-        when["calls"] -= 1
-        if not when["calls"]:
+    def dies(*args, **keys):
+        calls.append(name)
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapped
+        return function(*args, **keys)
 
-Rewards.score = rule
-place, name, calls = {
-    "rollout": (session.RunSession, "sample", 2), "scoring": (Rewards, "score", 2), "update": (loop, "train_step", 7),
-}[sys.argv[3]]
-setattr(place, name, dies(getattr(place, name), {"calls": calls}))
-tunesmith.train(json.loads(sys.argv[1]), out=Path(sys.argv[2]))
-"""
-
-
-@pytest.mark.parametrize("phase", ["rollout", "scoring", "update"])
-def test_a_killed_process_goes_on_bit_for_bit(whole, tmp_path, phase):
-    recipe = made(tmp_path, beta=0.1, train=EVERY_STEP)
-    ended = processes.run([sys.executable, "-c", KILLED, json.dumps(recipe), str(tmp_path / "run"), phase], cwd=ROOT)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, dies)
+        assert in_fork(lambda: tunesmith.train(recipe, out=tmp_path / "run")) == (-signal.SIGKILL, None)
     tunesmith.train(recipe, out=tmp_path / "run", resume=True)
     same(tmp_path / "run", whole)
 

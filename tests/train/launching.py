@@ -1,4 +1,4 @@
-"""Runs of several processes for tests: launched by ``tunesmith launch``, or forked from a server that has imported torch."""
+"""Runs of several processes for tests: by ``tunesmith launch``, or forked from the process of the tests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
+
+from tests import processes
 
 # Python imports a module of this name at its start, in every process of a launch.
 FAULT = """
-import os
+import os, pathlib
+if "RANK" in os.environ:
+    pathlib.Path(__file__).with_name(f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
 if os.environ.get("RANK") == "1":
-    import pathlib, signal, sys, time
+    import signal, sys, time
     from tunesmith import errors
     from tunesmith.train import loop
     train_step = loop.train_step
@@ -47,10 +52,16 @@ def share_kernels() -> None:
         folder.symlink_to(_kernels())
 
 
-def start(made: dict[str, Any], folder: Path, *options: str, processes: int = 2, fault: str | None = None) -> Any:
-    """Start ``tunesmith launch`` of the recipe ``made`` into ``folder/run``, or into ``--out`` of ``options``.
+LAUNCH = "from tests.processes import fork_ranks; fork_ranks(); from tunesmith.cli.main import program; program()"
+"""``tunesmith launch`` in a fork that forks its processes: no interpreter starts, none imports torch."""
 
-    ``fault``: a statement that process 1 executes at the end of step 3.
+
+def launched(
+    made: dict[str, Any], folder: Path, *options: Any, number: int = 2, fault: str | None = None, fresh: bool = False
+) -> tuple[int, str, str]:
+    """Run ``tunesmith launch`` of the recipe ``made`` into ``folder/run``. Returns exit code, stdout and stderr.
+
+    ``fault``: a statement that process 1 executes at the end of step 3. ``fresh``: by new interpreters, as a user does.
     """
     share_kernels()
     path = [*os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -59,41 +70,32 @@ def start(made: dict[str, Any], folder: Path, *options: str, processes: int = 2,
         (folder / "fault" / "sitecustomize.py").write_text(FAULT.replace("FAULTY", fault))
         path.insert(0, str(folder / "fault"))
     (folder / "r.yaml").write_text(yaml.safe_dump(made))
-    command = [sys.executable, "-m", "tunesmith", "launch", "--processes", str(processes), str(folder / "r.yaml")]
-    command += map(str, options)
-    if "--out" not in options:
-        command += ["--out", str(folder / "run")]
+    words = ["launch", "--processes", str(number), str(folder / "r.yaml"), *map(str, options), "--out", str(folder / "run")]
     environment = {**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def launched(made: dict[str, Any], folder: Path, *options: str, **keys: Any) -> tuple[int, str, str]:
-    """Return exit code, stdout and stderr of ``start``."""
-    process = start(made, folder, *options, **keys)
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
+    if fresh:
+        command = [sys.executable, "-m", "tunesmith", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    else:
+        done = processes.run([sys.executable, "-c", LAUNCH, *words], env=environment, cwd=processes.ROOT, timeout=240)
+    return done.returncode, done.stdout, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ forked processes
 
-PRELOAD = ["pytest", "peft", "transformers.models.llama.modeling_llama", "tests.runs", "tunesmith.train.run", "tunesmith.objectives.sft", "tunesmith.adaptations.lora", "deepspeed"]  # fmt: skip
-
 
 def forked(
-    made: dict[str, Any], out: Path, *, processes: int = 2, before: Callable[[], None] | None = None, **keys: Any
+    made: dict[str, Any], out: Path, *, number: int = 2, before: Callable[[], None] | None = None, **keys: Any
 ) -> list[int | None]:
-    """Train ``made`` into ``out`` in ``processes`` forked processes. Returns their exit codes, 1 for one that raised.
+    """Train ``made`` into ``out`` in ``number`` forks of this process. Returns their exit codes, 1 for one that raised.
 
-    They are forked from a server that imports torch and tunesmith once. ``before``: a function that each process calls
-    first. ``keys``: of ``tunesmith.train``.
+    ``before``: a function that each process calls first. ``keys``: of ``tunesmith.train``.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = multiprocessing.get_context("fork")
     share_kernels()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
     environment["TUNESMITH_MEETING"] = str(Path(tempfile.mkdtemp(dir=out.parent)) / "meeting")
     arguments = (environment, made, out, before, keys)
-    started = [context.Process(target=_train, args=(rank, *arguments)) for rank in range(processes)]
+    started = [context.Process(target=_train, args=(rank, *arguments)) for rank in range(number)]
     for process in started:
         process.start()
     for process in started:
@@ -107,6 +109,7 @@ def _train(rank: int, environment: dict[str, str], made: Any, out: Path, before:
     import tunesmith
     from tunesmith.train import distributed
 
+    PartialState._reset_state()  # the parent's: one process
     if before is not None:
         before()
     tunesmith.train(made, out=out, **keys)

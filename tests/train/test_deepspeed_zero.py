@@ -131,7 +131,7 @@ def test_one_process_needs_no_launcher_and_compiles_nothing(tmp_path, monkeypatc
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     made = run_of(tmp_path, "lora", max_steps=2)
     tunesmith.train(made, out=tmp_path / "straight")
-    assert forked(made, tmp_path / "run", processes=1, deepspeed=configuration(tmp_path)) == [0]
+    assert forked(made, tmp_path / "run", number=1, deepspeed=configuration(tmp_path)) == [0]
     assert apart(weights(tmp_path / "straight" / "model"), weights(tmp_path / "run" / "model")) <= 1e-6
     assert not (tmp_path / "extensions").exists()
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import tunesmith
+from tests import processes
 from tests.runs import apart, killed_before, recipe, weights
-from tests.train.launching import launched, share_kernels, start
+from tests.train.launching import launched, share_kernels
 from tunesmith import errors
 from tunesmith.cli.main import main
 from tunesmith.runs import metrics_file
 from tunesmith.train import distributed, launch, process_watch, stop_signals
 from tunesmith.train.process_watch import Note
-from tunesmith.train.reproduce import reproduce
 
 FAILED = {"type": "DataError", "message": "row 7 is bad", "exit_code": 2, "time": 5.0}
 LOST = {"type": "ProcessLost", "message": "lost another", "exit_code": 3, "time": 4.0}
@@ -59,6 +59,7 @@ def test_an_interrupt_before_anything_was_saved_stays_one():
 WAITS = """
 import sys, time, pathlib
 from tunesmith.train import process_watch
+process_watch.GRACE = 0.5
 process_watch.start(pathlib.Path(sys.argv[1]), 0)
 print("begun", flush=True)
 time.sleep(60)
@@ -74,7 +75,7 @@ def test_a_process_that_waits_ends_soon_after_another(fate, tmp_path):
     pid = os.getpid() if fate == "failed" else gone.pid
     note = {"pid": pid, "done": False, "failure": FAILED if fate == "failed" else None}
     (tmp_path / "process-1.json").write_text(json.dumps(note))
-    assert waiting.wait(timeout=process_watch.GRACE + 5) == process_watch.GIVEN_UP
+    assert waiting.wait(timeout=10) == process_watch.GIVEN_UP
 
 
 def shared_run(tmp_path, **train):
@@ -121,7 +122,7 @@ def run_of_two(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
         made = shared_run(folder)
-        code, out, err = launched(made, folder, "--json")
+        code, out, err = launched(made, folder, "--json", fresh=True)
     assert code == 0, err
     return folder, made, json.loads(out), err
 
@@ -136,13 +137,25 @@ def test_two_launched_processes_make_the_run_of_one(run_of_two, tmp_path):
     assert outcome["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
 
 
+REPRODUCE = """
+import json, os, sys
+from pathlib import Path
+from tests.processes import fork_ranks
+fork_ranks()
+from tunesmith.train.reproduce import reproduce
+before = dict(os.environ)
+found = reproduce(*map(Path, sys.argv[1:]))
+print(json.dumps({"equal": found["equal"], "environment stays": dict(os.environ) == before}))
+"""
+
+
 def test_a_run_of_two_processes_is_reproduced_with_two(run_of_two, tmp_path):
     folder, *_ = run_of_two
     share_kernels()
-    before = dict(os.environ)
-    found = reproduce(folder / "run", tmp_path / "again")
-    assert dict(os.environ) == before, "the environment of the processes stays theirs"
-    assert found["equal"] and json.loads((tmp_path / "again" / "manifest.json").read_text())["processes"] == 2
+    words = [sys.executable, "-c", REPRODUCE, str(folder / "run"), str(tmp_path / "again")]
+    found = processes.run(words, cwd=processes.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    assert json.loads(found.stdout.splitlines()[-1]) == {"equal": True, "environment stays": True}
+    assert json.loads((tmp_path / "again" / "manifest.json").read_text())["processes"] == 2
 
 
 @pytest.mark.parametrize(
@@ -153,13 +166,15 @@ def test_a_run_of_two_processes_is_reproduced_with_two(run_of_two, tmp_path):
     ],
 )
 def test_what_ends_one_process_ends_all_within_ten_seconds_and_is_told_once(fault, code, told, tmp_path):
-    process = start(recipe(tmp_path, max_steps=50), tmp_path, fault=fault)
-    _, err = process.communicate(timeout=240)
+    ended, _, err = launched(recipe(tmp_path, max_steps=50), tmp_path, fault=fault)
     seconds = time.time() - float((tmp_path / "fault" / "when").read_text())
-    assert process.returncode == code and told in err and err.count("error:") == 1, err
+    assert ended == code and told in err and err.count("error:") == 1, err
     assert seconds < 10
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert f"{tmp_path}/tunesmith-launch-" not in left
+    pids = [int(file.read_text()) for file in (tmp_path / "fault").glob("pid-*")]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
     assert "Traceback" not in err and "elastic" not in err and "step 2/50" in err
 
 

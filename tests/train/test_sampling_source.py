@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
 import signal
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,7 @@ import pytest
 import torch
 
 import tunesmith
-from tests import processes
-from tests.processes import ROOT
+from tests.kill_points import in_fork
 from tests.runs import apart, history, killed_before, recipe, weights
 from tunesmith.data.batch.step import Listed, Plan, Step
 from tunesmith.errors import NonFiniteError
@@ -151,31 +149,19 @@ def test_a_killed_run_goes_on_in_the_middle_of_an_iteration(sampling, whole, tmp
     assert history(tmp_path / "run") == history(whole / "run")
 
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-import tunesmith
-from tests.train.test_sampling_source import Rollouts
-from tunesmith.objectives import sft
-from tunesmith.train import loop
-
-train_step = loop.train_step
-def dies(job, step):
-    if step.number == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return train_step(job, step)
-
-loop.train_step = dies
-sft.Objective.source = lambda self, session: Rollouts(session, self)
-tunesmith.train(json.loads(sys.argv[1]), out=Path(sys.argv[2]))
-"""
-
-
-def test_a_process_killed_in_the_middle_of_an_iteration_goes_on(sampling, whole, tmp_path):
+def test_a_process_killed_in_the_middle_of_an_iteration_goes_on(sampling, whole, tmp_path, monkeypatch):
     """SIGKILL: nothing of the process is closed, flushed or caught."""
-    recipe_json = json.dumps(made(tmp_path))
-    ended = processes.run([sys.executable, "-c", KILLED, recipe_json, str(tmp_path / "run")], cwd=ROOT)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    train_step = loop.train_step
+
+    def dies(job, step):
+        if step.number == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(job, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", dies)
+        ended = in_fork(lambda: tunesmith.train(made(tmp_path), out=tmp_path / "run"))
+    assert ended == (-signal.SIGKILL, None)
     tunesmith.train(made(tmp_path), out=tmp_path / "run", resume=True)
     assert history(tmp_path / "run") == history(whole / "run")
     assert apart(weights(tmp_path / "run" / "model"), weights(whole / "run" / "model")) == 0
