@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -129,12 +130,16 @@ class Fork:
 
     def __init__(self, args: Sequence[str], env: Mapping[str, str], stdout: IO[str] | None, stderr: IO[str] | None) -> None:
         assert args[0] == sys.executable, f"only for Python: {args}"
+        from accelerate import PartialState
+
         sys.stdout.flush()
         sys.stderr.flush()
         self.args = args
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
+            weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the parent removes its temporary folders itself
+            PartialState._reset_state()  # the parent may have found that it is one process
             os.setsid()
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_DFL)

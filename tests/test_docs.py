@@ -20,6 +20,9 @@ READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*READMES, *DOCS]
 FOLDERS = sorted(path.name for path in SRC.iterdir() if (path / "__init__.py").is_file())
+FILES = {
+    path.name for folder in (SRC, *(ROOT / name for name in ("benchmarks", "recipes", "tests"))) for path in folder.rglob("*.*")
+}
 KEYS = recipe_keys.ROOT | recipe_keys.DATA | recipe_keys.SOURCE | recipe_keys.EVAL | recipe_keys.TRAIN | recipe_keys.SAMPLES
 KEYS |= {"type"}.union(*recipe_keys.OBJECTIVES.values(), *recipe_keys.ADAPTATIONS.values())
 
@@ -68,7 +71,6 @@ def test_every_folder_has_a_page_and_the_index_lists_all():
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_what_a_page_names_is_there(page):
-    files = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts} | {path.name for path in SRC.rglob("*.c")}
     for span in spans(page.read_text(encoding="utf-8")):
         name = span.partition("(")[0].partition(":")[0].partition("=")[0].strip()
         if re.fullmatch(rf"({'|'.join(FOLDERS)}|recipe)(\.\w+)+", name) and name not in (
@@ -78,7 +80,7 @@ def test_what_a_page_names_is_there(page):
         ):
             assert exists(name) or set(name.split(".")[1:]) <= KEYS or name.endswith(".py"), f"{page.name}: {name}"
         if re.fullmatch(r"[\w/]+\.(py|c)", name):
-            assert name.rpartition("/")[2] in files, f"{page.name}: {name}"
+            assert name.rpartition("/")[2] in FILES, f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("folder", ["train", "runs", "models"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -10,13 +12,25 @@ from pathlib import Path
 import pytest
 
 import tunesmith
+from tests import processes
 from tests.tiny import save_tiny
 from tunesmith import objectives, recipe
+from tunesmith.data.read import builtin
 from tunesmith.pipeline import pipeline_file, run_stages
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 PIPELINES = sorted(FOLDER.glob("*/pipeline.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_in_rows_are_made_once():
+    """Recipes read 24 rows here. The first rows of a kind take most of a second, and a run reads them several times."""
+    rows = builtin.rows
+    first = functools.cache(lambda name: list(itertools.islice(rows(name), 60)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtin, "rows", lambda name: iter(first(name)))
+        yield
 
 
 @pytest.fixture
@@ -86,6 +100,7 @@ def test_a_recipe_is_shortened_in_nothing_but_its_length(run_all):
 
 
 def test_a_failing_recipe_fails_the_script_and_prints_the_reason(run_all, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_all, "subprocess", processes)
     monkeypatch.setattr(sys, "argv", ["run_all.py", "sft-lora", "--steps", "1", "--model", str(tmp_path / "no-model")])
     assert run_all.main() == 1
     printed = capsys.readouterr().out

@@ -21,9 +21,17 @@ from tunesmith.judge import endpoint, examination, judge_run
 from tunesmith.judge.endpoint import Endpoint, EndpointJudge, read_verdict
 from tunesmith.judge.judges import LanguageModelJudge, Pair, Verdict, question
 from tunesmith.judge.verdicts import Verdicts
+from tunesmith.metrics import win_rate
 
 KNOWN = examination.built_in()
 BETTER = {(one.prompt, one.better) for one in KNOWN}
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Intervals of a bootstrap take a second each; no claim here needs them narrow."""
+    monkeypatch.setattr(examination, "DRAWS", 30)
+    monkeypatch.setattr(win_rate, "DRAWS", 60)
 
 
 class Rule:

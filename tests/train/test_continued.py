@@ -46,6 +46,11 @@ def test_the_keys_that_made_an_adapter_train_it_on_and_others_do_not(first, tmp_
         tunesmith.check(on(first, **first[2]))
 
 
+@pytest.mark.parametrize(
+    "first",
+    ["lora", "pissa", "prompt", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("int8", "bottleneck"))],
+    indirect=True,
+)
 def test_a_run_goes_on_and_is_repeated_from_its_own_recipe(first, tmp_path):
     _, folder, _ = first
     bare = {**on(first), "adaptation": first[0]["adaptation"]["type"]}  # all keys at defaults that the adapter does not have

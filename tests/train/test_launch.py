@@ -115,14 +115,14 @@ def test_a_run_may_go_on_with_another_number_of_processes(tmp_path, monkeypatch)
     assert evaluations(tmp_path / "run") == pytest.approx(evaluations(tmp_path / "straight"), abs=1e-6)
 
 
-@pytest.fixture(scope="module")
-def run_of_two(tmp_path_factory):
-    """(folder with the launched run ``run``, its recipe, its output)."""
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.long)], ids=["forked", "fresh"])
+def run_of_two(request, tmp_path_factory):
+    """(folder with the launched run ``run``, its recipe, its output). ``fresh``: by new interpreters, as a user does."""
     folder = tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
         made = shared_run(folder)
-        code, out, err = launched(made, folder, "--json", fresh=True)
+        code, out, err = launched(made, folder, "--json", fresh=request.param)
     assert code == 0, err
     return folder, made, json.loads(out), err
 
@@ -153,7 +153,8 @@ def test_a_run_of_two_processes_is_reproduced_with_two(run_of_two, tmp_path):
     folder, *_ = run_of_two
     share_kernels()
     words = [sys.executable, "-c", REPRODUCE, str(folder / "run"), str(tmp_path / "again")]
-    found = processes.run(words, cwd=processes.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    found = processes.run(words, cwd=processes.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert found.returncode == 0, found.stderr[-3000:]
     assert json.loads(found.stdout.splitlines()[-1]) == {"equal": True, "environment stays": True}
     assert json.loads((tmp_path / "again" / "manifest.json").read_text())["processes"] == 2
 

@@ -127,6 +127,7 @@ def test_an_optimiser_follows_its_formula(name):
     assert ours[-1] < 0.9 * ours[0]
 
 
+@pytest.mark.long
 def test_8_bit_moments_learn_as_32_bit_ones_do(tmp_path):
     pytest.importorskip("bitsandbytes")
     common = {"max_steps": 200, "batch_size": 4, "learning_rate": 1e-3}
@@ -143,7 +144,7 @@ def test_8_bit_moments_learn_as_32_bit_ones_do(tmp_path):
 # ------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ARGS)
 def test_a_killed_run_goes_on_bit_for_bit(name, precision, tmp_path, monkeypatch):
     made = recipe(tmp_path, max_steps=5, save_steps=2, precision=precision, **settings(name, weight_decay=0.1))
