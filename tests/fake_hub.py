@@ -151,4 +151,4 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(b"{}", status, {"X-Error-Code": code, "X-Error-Message": code})
 
     def log_message(self, *arguments: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""

@@ -43,7 +43,7 @@ def test_both_sides_learn_the_same_from_the_same_rows(gpu):
     assert result["ratio"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
 
 
-def test_without_a_gpu_it_says_what_to_do(gpu, monkeypatch):
+def test_without_a_gpu_the_message_names_what_to_do(gpu, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

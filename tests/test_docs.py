@@ -47,7 +47,7 @@ def commands(text):
 
 
 def exists(dotted):
-    """Whether ``train.loop.fit`` can be imported from the package."""
+    """Return whether a name such as ``train.loop.fit`` can be imported from the package."""
     parts = dotted.split(".")
     for length in range(len(parts), 0, -1):
         try:

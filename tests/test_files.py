@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all, on the disk before it is renamed, under the home folder that the user chose."""
+"""Files and folders are published whole or not at all, are synced before they are renamed, and lie under the user's home folder."""
 
 import errno
 import os
@@ -113,7 +113,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_one(raised, number, tmp_path):
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("call", ["mkdir", "rename"])
 def test_a_disk_that_breaks_is_named(call, number, tmp_path, monkeypatch):
-    """It may take the files and refuse the folder, or its last name."""
+    """The error may come with a file, the folder, or the rename."""
 
     def broken(*args, **kwargs):
         raise OSError(number, "broken")
@@ -155,7 +155,7 @@ def test_other_errors_stay_themselves_and_leave_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "free_disk_bytes", lambda path: files.MARGIN_BYTES + 99)
     with pytest.raises(DiskFullError, match="are free on its disk"):
         files.publish_folder(tmp_path / "model", fill, 100)

@@ -1,4 +1,4 @@
-"""Keys and values of other programs are named as what they are here."""
+"""Keys and values of other programs are refused with tunesmith's name for them."""
 
 import re
 

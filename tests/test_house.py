@@ -123,7 +123,7 @@ def passes_trust(node: ast.AST) -> list[int]:
 
 
 def is_safe_yaml(call: ast.Call) -> bool:
-    """Whether ruamel's ``YAML(...)`` is told to build plain data alone."""
+    """Return whether ruamel's ``YAML(...)`` builds plain data alone."""
     typ = next((keyword.value for keyword in call.keywords if keyword.arg == "typ"), None)
     return not call.args and isinstance(typ, ast.Constant) and typ.value == "safe"
 
@@ -222,7 +222,7 @@ def test_no_module_imports_itself_through_others():
     assert not found, "import circles:\n" + "\n".join(found)
 
 
-def test_circles_are_found_wherever_the_import_stands(tmp_path):
+def test_circles_are_found_wherever_the_import_is(tmp_path):
     (tmp_path / "a.py").write_text("import tunesmith.b\n")
     (tmp_path / "b.py").write_text("def f():\n    from tunesmith.c import x\n")
     (tmp_path / "c.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tunesmith import a\n")
@@ -406,7 +406,7 @@ def test_modules_have_names_of_their_own():
 
 
 def test_docstrings_begin_with_a_verb_or_a_thing():
-    """Not with a preposition or a question that no main clause follows."""
+    """A docstring does not begin with a preposition or a question word without a main clause."""
     dangling = re.compile(r"(Of|What|Whether|Which|How|Where) ")
     for path in FILES:
         for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""What is promised outside the code: pinned versions, make targets, commands of the README."""
+"""Pinned versions, make targets and commands of the README exist and agree."""
 
 import os
 import re

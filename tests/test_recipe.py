@@ -275,7 +275,7 @@ def test_every_key_with_one_letter_wrong_is_refused_and_the_right_one_named(stri
 
 
 def everything_valid(built):
-    """Where a mapping stands -> the keys valid there."""
+    """Path of a mapping -> the keys valid there."""
     return {
         (): set(recipe.Recipe.model_fields),
         ("objective",): {"type", *type(built.objective).model_fields},

@@ -124,7 +124,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps; its base is beside it."""
+    """A run of four steps; its base is in the same folder."""
     root = tmp_path_factory.mktemp("bottleneck")
     made = recipe(root, "llama", adaptation=HOULSBY)
     before = digests(Path(made["model"]))

@@ -1,4 +1,4 @@
-"""features: what is trained is trained, nothing below it costs anything, and the saved folder is the base but for that."""
+"""features: only the chosen weights are trained, layers below them need no backward pass, and the saved folder equals the base elsewhere."""
 
 import json
 import sys
@@ -333,7 +333,7 @@ def test_new_tokens_are_refused_where_their_rows_would_stay_frozen(keys, changes
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_tokens_are_learnt_where_the_embedding_is_named(tied, tmp_path):
+def test_new_tokens_are_trained_where_the_embedding_is_named(tied, tmp_path):
     names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     made = recipe(tmp_path, adaptation={"type": "features", "target_modules": names})
     model_folder(tmp_path / "own", "llama", tie_word_embeddings=tied)
@@ -352,7 +352,7 @@ def test_new_tokens_are_learnt_where_the_embedding_is_named(tied, tmp_path):
 
 
 def test_an_adapter_is_not_continued_but_merged(tmp_path):
-    """A check measures saving on the merged base, too."""
+    """``check`` measures the saved size on the merged base, too."""
     adapter = tunesmith.train(recipe(tmp_path, adaptation={"type": "lora", "r": 4}), out=tmp_path / "adapter")
     made = {**recipe(tmp_path, adaptation="features"), "model": adapter["model_dir"]}
     with pytest.raises(RecipeError, match=r"adaptation: features trains the model's own weights\. Use adapter: merge"):

@@ -175,7 +175,7 @@ def test_show_counts_the_vectors(trained):
 
 
 def test_fused_layers_stay_under_deepspeed():
-    """DeepSpeed moves trained weights: layers that stack their own are left then, those under an adapter are not."""
+    """DeepSpeed moves trained weights, so layers that stack trained weights are not fused; layers under an adapter are."""
     kinds = fused_layers.install(adapted(tiny_model("llama")), stack=False).kinds
     assert kinds == fused_layers.install(adapted(tiny_model("llama"))).kinds and kinds.get("mlp") == 2
     assert "mlp" not in fused_layers.install(tiny_model("llama"), stack=False).kinds

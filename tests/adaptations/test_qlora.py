@@ -1,4 +1,4 @@
-"""QLoRA: LoRA beside a base of 4 or 8 bits, equal to peft's own on that base, whose bits never change and are made again on loading."""
+"""QLoRA: a LoRA on a 4-bit or 8-bit base equals peft's. The quantised weights never change and are made again on loading."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ def equal(ours, theirs):
 
 
 def relative(ours, theirs):
-    """Of all gradients together, relative to their norm."""
+    """Return the difference of all gradients together, relative to their norm."""
     assert ours.keys() == theirs.keys()
     norm = sum(float(value.float().square().sum()) for value in theirs.values()) ** 0.5
     return sum(float((ours[name].float() - theirs[name].float()).square().sum()) for name in ours) ** 0.5 / norm

@@ -1,4 +1,4 @@
-"""Small files of the kinds that users bring, and what every verb makes of them.
+"""Small files of the kinds that users bring, and the outcome of every verb.
 
     python -m tests.cases.verbs          # a table: what each verb does with each file
     python -m tests.cases.verbs --json   # the same, with whole messages
@@ -168,7 +168,7 @@ def command(*words: str) -> Outcome:
 
 
 def outcomes(case: Case, file: Path, folder: Path) -> dict[str, Outcome]:
-    """What lint, preview, check, train do with a file, and generate or evaluate with the trained model."""
+    """Return the outcomes of lint, preview, check and train on a file, and of generate or evaluate with the trained model."""
     made = folder / "recipe.yaml"
     made.write_text(yaml.safe_dump(recipe(case, file, folder), allow_unicode=True), encoding="utf-8")
     run = folder / "run"

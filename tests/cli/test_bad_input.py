@@ -157,13 +157,13 @@ def test_json_errors_are_one_object(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("typed", ["garbage", "hub:garbage", "a/b/c", "a b/c"])
-def test_a_name_that_is_no_data_set_is_said_as_it_was_typed(typed, capsys):
+def test_the_error_shows_an_unknown_data_set_as_it_was_typed(typed, capsys):
     assert main(["data", "pull", typed]) == 2
     said = capsys.readouterr().err
     assert f"{typed!r} is no name" in said and "OWNER/NAME" in said and "data.train" not in said
 
 
-def test_one_problem_and_one_row_are_said_in_the_singular(tmp_path, capsys):
+def test_one_problem_and_one_row_are_printed_in_the_singular(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": " "}\n')
     assert main(["data", "lint", str(tmp_path / "rows.jsonl")]) == 2
     said = capsys.readouterr().out

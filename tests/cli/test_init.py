@@ -23,7 +23,7 @@ def test_the_recipe_written_is_the_one_of_the_defaults(objective, adaptation):
 
 
 @pytest.mark.parametrize(("objective", "adaptation"), PAIRS)
-def test_every_key_stands_in_it_even_if_commented_out(objective, adaptation):
+def test_it_contains_every_key_even_if_commented_out(objective, adaptation):
     text = init.recipe_text(objective, adaptation, "m", "x.json")
     lines = [line.strip().removeprefix("# ").removeprefix("- ") for line in text.splitlines()]
     written = {line.partition(":")[0] for line in lines if ":" in line}

@@ -100,12 +100,12 @@ for verb in [[], *([name] for name in VERBS)]:
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
-    """Processor time, which a busy machine does not stretch as it does a clock's. One process runs the help of all verbs."""
+    """Processor time is measured, which a busy machine stretches less than wall time. One process runs the help of all verbs."""
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_list_of_verbs_says_what_each_verb_says_of_itself():
+def test_the_list_of_verbs_has_the_help_line_of_each_verb():
     for verb, (_, line) in cli.VERBS.items():
         command = cli.load(verb)
         assert command.name == verb

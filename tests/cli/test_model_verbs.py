@@ -100,7 +100,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_prompt_files_are_told_by_row_and_field(
+def test_errors_in_prompt_files_name_row_and_field(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     (tmp_path / "p.jsonl").write_text(BAD[case][0])

@@ -1,4 +1,4 @@
-"""``tunesmith predict`` and ``evaluate`` with places that cannot be written, and files that end too early."""
+"""``tunesmith predict`` and ``evaluate`` with output paths that cannot be written, and files that end too early."""
 
 import json
 
@@ -23,7 +23,7 @@ def rows(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
-def test_a_place_that_cannot_be_written_is_said_before_the_work(verb, model, rows, tmp_path, capsys):
+def test_an_output_path_that_cannot_be_written_is_refused_before_the_work(verb, model, rows, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main([verb, model, "--data", rows, "--out", str(tmp_path / "file" / "deep" / "out")]) == 2
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""``tunesmith runs``: what became of runs, side by side, and one of them again."""
+"""``tunesmith runs``: list runs with their states, compare them, and reproduce one."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def answered(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_list_says_state_and_result_of_each_run(made, capsys):
+def test_the_list_shows_state_and_result_of_each_run(made, capsys):
     listed = answered(capsys, "runs", "list", made)["runs"]
     assert [run["adaptation"] for run in listed] == ["full", "lora"]
     result = json.loads((made / "a" / "manifest.json").read_text())["result"]
@@ -41,7 +41,7 @@ def test_the_list_says_state_and_result_of_each_run(made, capsys):
     assert "done" in shown and "lora" in shown
 
 
-def test_a_run_that_is_held_is_running_and_one_that_was_killed_says_so(made, tmp_path):
+def test_a_locked_run_is_shown_as_running_and_a_killed_one_as_killed(made, tmp_path):
     assert run_list.read(made / "a").state == "done"
     held = run_folder.claim(tmp_path / "run")
     held.begin({"model": "m"})
@@ -80,7 +80,7 @@ def test_compare_names_exactly_the_keys_that_differ_and_draws_a_picture(made, tm
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_compare_says_when_losses_are_not_comparable(made, tmp_path, capsys):
+def test_compare_warns_when_losses_are_not_comparable(made, tmp_path, capsys):
     other = recipe(tmp_path, count=20, eval_steps=2)
     other["data"]["eval"] = {"fraction": 0.3}
     tunesmith.train(other, out=tmp_path / "run")

@@ -28,7 +28,7 @@ OUTCOME = {
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """Run `tunesmith train` with a training that gives back OUTCOME; returns (exit code, what it was called with)."""
+    """Run `tunesmith train` with a training that returns OUTCOME. Returns (exit code, arguments of the training)."""
     path = tmp_path / "r.yaml"
     path.write_text("model: m\ndata:\n  train: [{path: x.json}]\n")
     monkeypatch.chdir(tmp_path)
@@ -95,7 +95,7 @@ def test_the_next_command_can_be_pasted(trained, capsys):
         ("sure", "not better than before: 0 of 1 are nearer to the reference (mean F1 of the words in common: 0.00 before, 0.00"),
     ],
 )
-def test_summary_says_whether_answers_became_better(trained, capsys, after, line):
+def test_the_summary_shows_whether_answers_became_better(trained, capsys, after, line):
     sample = {"prompt": "What does `sum` do?", "before": "Sure!", "after": after, "reference": "Return the sum of all."}
     trained(outcome={**OUTCOME, "samples": [sample]})
     assert f"answers    {line}" in capsys.readouterr().out.replace("\n", " ")

@@ -89,7 +89,7 @@ def test_the_error_for_an_unknown_name_suggests_the_nearest():
 
 
 @pytest.mark.parametrize("name", [name for name, (kind, _) in builtin.NAMES.items() if kind == "preferences"])
-def test_preferences_are_turns_whose_length_says_nothing(name):
+def test_preferences_are_turns_whose_length_does_not_predict_the_label(name):
     records = list(itertools.islice(read(name), 400))
     convert = choose_converter([tuple(record.value) for record in records], path=name, accepted=(Ranking,))
     rows = [convert(record) for record in records]

@@ -63,7 +63,7 @@ def test_pairs_given_to_sft_name_the_objectives_of_pairs_and_a_mapping_that_work
 
 
 def test_conversations_whose_answers_are_in_other_columns_are_pairs(tmp_path):
-    """Trained on as they are, the turns before the question would be all that is learnt."""
+    """Without the advice, only the turns before the question would be supervised."""
     rows = [{"messages": [Q, A, Q], "chosen": A, "rejected": B}, {"messages": [Q], "chosen": A, "rejected": B}]
     message = refused(tmp_path, rows)
     assert "set objective: dpo or reward." in message and "columns: {prompt: messages, completion: chosen}" in message
@@ -143,7 +143,7 @@ def test_answers_judged_bad_are_never_trained_on(tmp_path, rows):
     assert [row.desirable for row in read(tmp_path, rows, ROW_TYPES)] == [True, False]  # lint and preview of the file
 
 
-def test_the_description_says_which_answers_are_better(tmp_path):
+def test_the_description_names_the_better_answers(tmp_path):
     mapped = opened(
         tmp_path, [{"q": "q", "good": "a", "bad": "b"}], (Ranking,), columns={"prompt": "q", "chosen": "good", "rejected": "bad"}
     )

@@ -1,4 +1,4 @@
-"""Held-out rows that share text with training rows: what counts, and that the hashes find what comparing finds."""
+"""Held-out rows that share text with training rows: what counts as shared; hashes find the same rows as a direct comparison."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_the_role_of_a_turn_is_no_part_of_a_passage(tmp_path):
     assert compare(tmp_path, train, [f"{copied} 2"], tokenizer=tiny_tokenizer("chatml"))[0].rows == 0
 
 
-def test_rows_whose_answer_was_seen_are_told_from_those_whose_prompt_was(tmp_path):
+def test_rows_whose_answer_was_seen_are_distinguished_from_rows_whose_prompt_was(tmp_path):
     train, held = [sentence(n) for n in range(30)], [sentence(n) for n in range(100, 104)]
     rows = [{"instruction": f"question {n}", "output": text} for n, text in enumerate(train)]
     rows[3]["instruction"] = rows[4]["output"] = COPIED
@@ -207,7 +207,7 @@ def test_rows_whose_answer_was_seen_are_told_from_those_whose_prompt_was(tmp_pat
 
 
 @pytest.mark.parametrize("objective", [dpo.Objective(dpo.Config()), reward.Objective(reward.Config())])
-def test_of_preferences_answers_alone_are_learnt_and_of_rewards_nothing(tmp_path, objective):
+def test_preferences_supervise_answers_alone_and_rewards_no_token(tmp_path, objective):
     def pairs(name, numbers, prompt, chosen):
         rows = [
             {"prompt": [{"role": "user", "content": f"{n}"}], "chosen": sentence(n), "rejected": sentence(1000 + n)}

@@ -151,7 +151,7 @@ def test_tools_that_the_template_omits_are_reported():
 
 @pytest.mark.parametrize("content", ["", "I look up weather in Oslo."])
 def test_a_call_that_the_template_omits_is_not_trained_as_an_answer_without_it(content):
-    """Words of the question, or of the answer itself, are no call."""
+    """Words of the question or of the answer do not count as a rendered call."""
     function = {"name": "weather", "arguments": {"in": "Oslo"}}
     call = {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
     row = Chat(({"role": "user", "content": "weather in Oslo?"}, call))
@@ -324,7 +324,7 @@ def test_a_special_token_written_by_the_assistant_is_no_stop():
 @pytest.mark.parametrize("more", [[], [{"role": "user", "content": "q"}, {"role": "assistant", "content": "fin"}]])
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "gemma"])
 def test_without_a_generation_prompt_an_answer_of_special_tokens_is_stopped(name, more):
-    """The header of the turn begins as the answer does; the stop comes after the answer all the same."""
+    """The header of the turn begins with the same text as the answer; the stop token still follows the answer."""
     style, tokenizer = ZOO[name], ZOO[name].tokenizer()
     template = re.sub(r"\{%-? if add_generation_prompt %\}.*?\{% endif %\}", "", tokenizer.chat_template, flags=re.DOTALL)
     tokenizer.chat_template = template

@@ -37,7 +37,7 @@ def test_a_txt_file_with_tabs_and_a_header_is_a_table(rows, gold):
 
 @pytest.mark.parametrize("accepted", [(Text,), (Chat, PromptCompletion, Text)])
 @pytest.mark.parametrize("content", [HEADED, HEADED.replace("document", "text")])
-def test_the_lines_of_such_a_file_are_trained_as_prose_only_if_the_recipe_says_so(rows, accepted, content):
+def test_the_lines_of_such_a_file_are_trained_as_prose_only_if_the_recipe_asks_for_it(rows, accepted, content):
     with pytest.raises(DataError) as refused:
         rows("reviews.txt", content, accepted)
     if accepted == (Text,) or "\ttext" in content:
@@ -106,7 +106,7 @@ def test_line_breaks_and_commas_in_a_quoted_cell_are_text(rows):
     assert rows("a.tsv", 'text\tlabel\n"one\ntwo"\t1\n', (Labelled,))[0].text == "one\ntwo"
 
 
-def test_names_in_another_encoding_say_so(rows):
+def test_names_in_another_encoding_are_reported(rows):
     for name, content in (("a.jsonl", '{"질문": "x"}\n'), ("a.csv", "질문,답변\nx,y\n")):
         try:
             (problem,) = rows(name, content.encode("cp949"), (Labelled,))

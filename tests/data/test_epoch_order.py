@@ -20,7 +20,7 @@ def test_every_example_once_when_weights_are_one(sizes, seed, epoch):
 
 
 @given(SIZES, st.data(), st.booleans())
-def test_weights_say_how_often(sizes, data, shuffle):
+def test_weights_set_how_often_a_row_comes(sizes, data, shuffle):
     weights = np.array([data.draw(st.sampled_from([0.25, 0.5, 1, 1.5, 2, 3])) for _ in sizes])
     source = np.repeat(np.arange(len(sizes)), sizes)
     order = epoch_order(source, weights, 7, 1, shuffle)

@@ -108,7 +108,7 @@ def test_of_nothing_there_are_no_candidates():
         assert found.shape == (0, 2) and len(similar) == 0
 
 
-def test_words_are_what_a_row_says_without_system_prompts_and_tools():
+def test_words_of_a_row_leave_out_system_prompts_and_tools():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}
     chat = Chat(
         ({"role": "system", "content": "Be brief."}, {"role": "user", "content": " Add\n\n one "}, call), ({"name": "t"},)

@@ -267,7 +267,7 @@ BEFORE = [
 
 
 @pytest.mark.parametrize(("value", "form", "row"), BEFORE)
-def test_rankings_and_other_formats_are_told_apart(value, form, row):
+def test_rankings_and_other_formats_are_distinguished(value, form, row):
     assert choose_converter([tuple(value)], path="f", accepted=ROW_TYPES).form.name == form
     with pytest.raises(DataError):
         choose_converter([tuple(value)], path="f", accepted=(Ranking,))

@@ -337,7 +337,7 @@ def test_without_a_cache_nothing_stays(alpaca):
     assert prepared.train[0]["input_ids"].size
 
 
-def test_a_scratch_folder_goes_with_its_object_in_silence():
+def test_a_scratch_folder_is_removed_with_its_object_without_a_message():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scratch = cache.Scratch("tunesmith-test-")

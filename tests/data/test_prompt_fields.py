@@ -128,7 +128,7 @@ def test_dates_decimals_and_bytes_of_a_parquet_file_become_json(tmp_path):
     assert made_row.columns == {"day": "2024-05-01", "cost": "1.50", "n": [1.5, 2.0]}
 
 
-def test_a_file_of_prompts_given_to_sft_is_told_the_missing_column(tmp_path):
+def test_the_error_for_a_file_of_prompts_under_sft_names_the_missing_column(tmp_path):
     path = file(tmp_path, [{"prompt": "q", "reply": "a"}])
     with pytest.raises(DataError, match="completion: reply"):
         open_source(Source(path=path), (Chat, PromptCompletion))

@@ -40,7 +40,7 @@ def objective_of(**config):
 
 
 def said_of(objective, rows, examples, patch, sure=9.0):
-    """Answers of an oracle head, ``sure`` of the gold tokens of each window; the windows come in reverse order."""
+    """Return predictions of a head whose logit is ``sure`` at the gold tokens of each window; windows come in reverse order."""
 
     def logits(model, batch):
         ends = []

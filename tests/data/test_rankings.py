@@ -65,7 +65,7 @@ def row_of(prompt, judged, plain):
 
 
 def parts(example):
-    """(ids, learnt) of each answer with the prompt before it."""
+    """(ids, loss mask) of each answer with the prompt before it."""
     shared, *lengths = example["answers"].tolist()
     ends = np.cumsum([shared, *lengths])
     for start, end in itertools.pairwise(ends):
@@ -84,13 +84,13 @@ def alone(row, tokenizer):
 def check(rows, tokenizer):
     for row, (example,) in zip(rows, encode(rows, tokenizer, max_length=None, overlong="error"), strict=True):
         wholes = list(alone(row, tokenizer))
-        for (ids, learnt), (its, supervised) in zip(parts(example), wholes, strict=True):
-            assert np.array_equal(ids, its) and np.array_equal(learnt, supervised)
+        for (ids, mask), (its, supervised) in zip(parts(example), wholes, strict=True):
+            assert np.array_equal(ids, its) and np.array_equal(mask, supervised)
         shared, *lengths = example["answers"].tolist()
         assert shared + sum(lengths) == len(example["input_ids"]) == len(example["supervised"]) and min(lengths) >= 1
         assert not example["supervised"][:shared].any()
         longer = {
-            tuple(ids[: shared + 1].tolist()) if len(ids) > shared + 1 and not learnt[shared] else None for ids, learnt in wholes
+            tuple(ids[: shared + 1].tolist()) if len(ids) > shared + 1 and not mask[shared] else None for ids, mask in wholes
         }
         assert len(longer) > 1 or longer == {None}, "the shared prompt could be longer"
         expected = [(a, b) for a in range(len(row.ranks)) for b in range(len(row.ranks)) if row.ranks[a] < row.ranks[b]]
@@ -137,9 +137,9 @@ def test_truncation_removes_only_the_beginning_of_the_prompt(kind, prompt, judge
         return
     assert made["cut"].tolist() == [surplus] and made["answers"].tolist() == [shared - surplus, *lengths]
     assert max(len(ids) for ids, _ in parts(made)) <= limit
-    for (ids, learnt), (its, supervised) in zip(parts(made), parts(whole), strict=True):
+    for (ids, mask), (its, supervised) in zip(parts(made), parts(whole), strict=True):
         kept = [*before, *its[len(before) + surplus :].tolist()]
-        assert ids.tolist() == kept and learnt[len(before) :].tolist() == supervised[len(before) + surplus :].tolist()
+        assert ids.tolist() == kept and mask[len(before) :].tolist() == supervised[len(before) + surplus :].tolist()
     assert np.array_equal(made["pairs"], whole["pairs"]) and np.array_equal(made["margins"], whole["margins"])
 
 
@@ -178,8 +178,8 @@ def test_all_turns_of_the_assistant_in_an_answer_are_supervised(name):
     prompt = (*user("hello"), *said("earlier"), *user("how warm is it?"))
     row = Ranking(prompt, (calling("Paris"), calling("Rome")), (0, 1))
     ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
-    for (ids, learnt), city in zip(parts(example), ("Paris", "Rome"), strict=True):
-        text = tokenizer.decode(ids[learnt])
+    for (ids, mask), city in zip(parts(example), ("Paris", "Rome"), strict=True):
+        text = tokenizer.decode(ids[mask])
         assert f'"city": "{city}"' in text and f"Warm in {city}." in text
         assert "degrees" not in text and "earlier" not in text and "how" not in text
     assert "weather" not in tokenizer.decode(example["input_ids"][: example["answers"][0]])

@@ -74,7 +74,7 @@ def test_line_ends_of_any_text_become_line_feeds(rows):
     assert question.context == "one\ntwo\nthree" and question.answers == (("two", 4), ("two\nthree", 4))
 
 
-def test_numbers_are_text_where_the_recipe_says_so(rows):
+def test_numbers_are_text_where_the_recipe_asks_for_it(rows):
     given = [{"text": 42, "label": 1}, {"text": 1.5, "label": 0}]
     assert all("numbers_as_text" in problem.fix for problem in rows(given, (Labelled,)))
     assert rows(given, (Labelled,), numbers_as_text=True) == [Labelled("42", label=1), Labelled("1.5", label=0)]

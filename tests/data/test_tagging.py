@@ -49,7 +49,7 @@ def objective_of(kind, max_length=None, tokenizer=None, saved=None, **config):
 
 @contextmanager
 def oracle():
-    """A head that says at each place what is true there."""
+    """A head whose prediction for each token is the gold tag."""
     real = task_heads.token_logits
     task_heads.token_logits = lambda model, batch: 9.0 * torch.nn.functional.one_hot(batch["targets"], len(TAGS)).float()
     try:
@@ -81,7 +81,7 @@ sentences = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(TAGS)), m
 )
 @example([[("안녕하세요", "B-PER"), (" ", "O"), ("날씨가", "I-LOC")]], False, 1, 0, False, True)
 def test_an_oracle_has_an_f1_of_one(kind, given_rows, spaced, room, stride, label_all, characters):
-    """Whatever the length: every entity is found, every word said once; also where each character is a word, spaces too."""
+    """For every window length, each entity is found and each word is predicted once; also where each character, spaces included, is a word."""
     rows = []
     for sentence in given_rows:
         words = [" ".join(word for word, _ in sentence)] if characters else [word for word, _ in sentence]
@@ -100,7 +100,7 @@ def test_an_oracle_has_an_f1_of_one(kind, given_rows, spaced, room, stride, labe
 
 
 def test_gold_that_is_cut_is_seen():
-    """The mutation that the oracle is there for: only the first window of a long sentence."""
+    """The oracle test would notice an evaluation of only the first window of a long sentence."""
     rows = [row_of(["the", "quick", "Paris", "capital"] * 4, ["O", "O", "B-LOC", "I-LOC"] * 4)]
     objective = objective_of("bert", 12, stride=2)
     examples = objective.encode(rows, tokenizer_of("bert"))
@@ -111,7 +111,7 @@ def test_gold_that_is_cut_is_seen():
 
 @pytest.mark.parametrize("kind", ["bytes", "bytes after a first token", "bert", "roberta", "word pieces", "metaspace"])
 def test_a_word_is_read_at_a_token_of_its_own(kind):
-    """Against a loop over characters: its first token, in a decoder its last."""
+    """Compared with a loop over characters: a word is read at its first token, in a decoder at its last."""
     rows = [row_of(["the", "날씨가", "naïve", "Paris", "0123456789"], ["O", "B-LOC", "I-LOC", "O", "B-PER"])]
     tokenizer = tokenizer_of(kind)
     encoded = tokenizer(rows[0].text, return_offsets_mapping=True)

@@ -1,4 +1,4 @@
-"""A template that does not end, builds gigabytes or is nested without end is a DataError, soon and in little memory."""
+"""A template that does not end, builds gigabytes or is nested too deeply raises DataError within seconds and little memory."""
 
 from __future__ import annotations
 

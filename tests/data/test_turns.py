@@ -122,7 +122,7 @@ def test_twins_in_every_format_train_the_same_tokens(tmp_path):
 
 
 def test_null_arguments_in_json_text_stay(tmp_path):
-    """No column format makes these: the text holds what its writer meant."""
+    """Column formats do not produce these, so the nulls in the text are kept."""
     written = {"type": "function", "function": {"name": "a", "arguments": '{"x": null}'}}
     assert of_messages(tmp_path, turn(tool_calls=[written])).messages[1]["tool_calls"] == [call("a", x=None)]
 

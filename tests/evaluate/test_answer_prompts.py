@@ -63,7 +63,7 @@ def test_the_answers_are_those_of_the_engine_alone_whatever_the_blocks() -> None
         assert {index: line["answer"] for index, line in queue.run()} == alone
 
 
-def test_a_line_tells_all_about_its_answer() -> None:
+def test_a_line_describes_its_answer() -> None:
     queue = Queue(PAIR, asked(2), 2, DRAWN, samples=2, logprobs=True)
     lines = dict(queue.run())
     assert list(lines[3]) == ["row", "sample", "prompt", "answer", "tokens", "reason", "logprobs", "reference"]

@@ -139,7 +139,7 @@ def test_order_changes_the_words_and_not_the_winner():
     assert verdict(*lower)[1] == "A"
 
 
-def test_no_difference_says_how_many_rows_would_show_one():
+def test_without_a_difference_the_rows_that_would_show_one_are_counted():
     draw = np.random.default_rng(0)
     systems = system("A", draw.normal(size=100)), system("B", draw.normal(size=100))
     words, better = verdict(*systems, size=0.1)

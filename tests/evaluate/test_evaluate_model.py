@@ -38,7 +38,7 @@ def test_bad_rows_stop_an_evaluation_or_are_left_out_and_counted(tmp_path, train
 
 
 def test_a_report_without_mistakes_shows_none(tmp_path, trained):
-    """Rows with the labels that the model predicts: it is right about all of them."""
+    """All rows have the labels that the model predicts."""
     model, rows = trained("classify")
     texts = [json.loads(line)["text"] for line in rows.read_text("utf-8").splitlines()]
     answers = tunesmith.predict(model, rows)
@@ -58,7 +58,7 @@ def test_a_report_without_mistakes_shows_none(tmp_path, trained):
     ],
 )
 def test_the_loss_equals_that_of_the_run_for_every_training_loss(tmp_path, objective):
-    """Weights, smoothing and further tokens are for learning; they do not go with the saved model."""
+    """Class weights, label smoothing and extra supervised tokens apply to training only and are not saved with the model."""
     plan = recipe(tmp_path, "bert", objective, max_steps=2, eval_steps=2)
     file = plan["data"]["train"][0]["path"]
     plan["data"]["eval"] = {"path": file}

@@ -40,7 +40,7 @@ SENTENCES = ["Kim met Lee", "I saw Paris", "so Lee left"]
 @pytest.mark.parametrize("by", ["character", "word"])
 @pytest.mark.parametrize("labels", [None, ["O", "B-P"]])
 def test_plain_text_is_split_as_in_training(tmp_path, by, labels):
-    """A tagger of characters reads characters, spaces too, in a file that does not say so."""
+    """A tagger trained on characters splits plain text into characters, spaces included."""
     plan = recipe(tmp_path, "bert", {"type": "tag", "labels": labels}, max_steps=1)
     lines = []
     for sentence in SENTENCES:
@@ -58,7 +58,7 @@ def test_plain_text_is_split_as_in_training(tmp_path, by, labels):
 
 
 def test_a_context_whose_first_word_is_no_token_costs_no_row(tmp_path):
-    """Tokenizers of bert drop what cannot be seen. The answer that a row is tried with must not be such a word."""
+    """Tokenizers of bert drop invisible characters. The answer that ``predict`` inserts must not be such a word."""
     from tokenizers import Tokenizer, normalizers
 
     made = recipe(tmp_path, "bert", "qa", max_steps=1)

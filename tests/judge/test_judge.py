@@ -1,4 +1,4 @@
-"""Judges that favour a place, a length or chance are caught; verdicts are kept; a server may fail."""
+"""Judges that go by position, length or chance are found; verdicts are cached; errors of a server are handled."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def few_draws(monkeypatch):
 
 
 class Rule:
-    """A judge that follows a rule (pair, is the first answer known to be better) -> probability."""
+    """A judge whose verdict is ``rule(pair)``: the probability that the first answer is better."""
 
     def __init__(self, rule, identity="rule"):
         self.name = self.identity = identity

@@ -234,7 +234,7 @@ def test_a_run_starts_from_no_sum_that_answers_otherwise(tmp_path: Path, monkeyp
 
 
 def test_a_sum_made_before_training_draws_no_numbers_of_the_run(tmp_path: Path, llama: tuple[Path, Path]) -> None:
-    """One process makes it, and only once: the first values of the new adapter must be those of the others, and of a resumed run."""
+    """One process merges, only once. The initial values of the new adapter must equal those of other processes and of a resumed run."""
     _, adapter = llama
     before = torch.get_rng_state()
     made = setup._merged_base(SimpleNamespace(model_folder=locate(adapter)), tmp_path / "run")  # type: ignore[arg-type]

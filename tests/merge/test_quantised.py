@@ -1,4 +1,4 @@
-"""An adapter that was trained on a 4-bit or 8-bit base is merged onto the de-quantised base, and onto no other numbers."""
+"""An adapter that was trained on a 4-bit or 8-bit base is merged into the de-quantised weights and no others."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_the_adapter_of_a_run_is_merged_like_any_other(keys, tmp_path):
 
 @pytest.mark.parametrize("quant_type", quantization.KINDS)
 def test_the_unquantised_base_is_flagged(quant_type, tmp_path, monkeypatch):
-    """The naive merge onto the numbers that were quantised is another model."""
+    """A merge into the weights before quantisation gives another model."""
     adapter = saved(tmp_path, quant_type=quant_type)
     monkeypatch.setattr(load.quantization, "write_dequantized", lambda plain, base: None)
     with pytest.raises(ModelError, match=r"would change its answers: a logit differs by .* and KL\(adapter \|\| merged\) is"):
@@ -95,7 +95,7 @@ def test_a_bf16_base_is_merged_from_its_own_numbers(tmp_path):
     assert facts["max_logit_difference_saved"] < 1e-4
 
 
-def test_a_run_that_starts_from_the_sum_stands_on_it(tmp_path):
+def test_a_run_that_starts_from_the_sum_uses_it_as_its_base(tmp_path):
     """``adapter: merge``: the base of the new adapter is the sum, quantised anew."""
     made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4}, max_steps=1)
     adapter = saved(tmp_path)
@@ -117,7 +117,7 @@ def shelf(tmp_path_factory):
     return folder
 
 
-def test_a_sum_stands_on_the_bits_of_its_parts(shelf, tmp_path):
+def test_a_sum_has_the_quantised_base_of_its_parts(shelf, tmp_path):
     combine([shelf / "a", shelf / "b"], tmp_path / "sum", weights=[1, 0])
     (ours, _), (part, _) = tunesmith.load(tmp_path / "sum"), tunesmith.load(shelf / "a")
     assert quantization.record(ours) == quantization.record(part) is not None

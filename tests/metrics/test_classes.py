@@ -137,7 +137,7 @@ def test_the_error_is_weighted_by_rows():
     assert classes.calibration_error(bins) == pytest.approx((3 * (0.9 - 1 / 3) + 0.5) / 4)
 
 
-def test_a_forecast_that_is_right_as_often_as_it_says_has_no_error():
+def test_a_forecast_that_is_right_as_often_as_it_claims_has_no_error():
     assert classes.calibration_error(classes.calibration([0.5] * 4, [1, 0, 1, 0])) == 0.0
 
 
@@ -302,7 +302,7 @@ def test_the_baseline_names_its_labels():
     assert found["baseline"] == pytest.approx(10 / 11) and found["baseline_labels"] == ["b", "c"]
 
 
-def test_without_any_label_nothing_is_the_best_that_can_be_said():
+def test_without_any_label_the_best_prediction_is_none():
     assert classes.most_frequent_labels(np.zeros((3, 2), bool)) == {"micro_f1": 0.0, "labels": []}
 
 

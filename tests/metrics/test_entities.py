@@ -180,7 +180,7 @@ def test_rows_that_do_not_fit_are_refused():
         entities.score([["O"], ["O"]], [["O"], ["O", "O"]])
 
 
-def test_a_scheme_that_the_rows_do_not_show_is_told():
+def test_a_tagging_scheme_that_the_rows_do_not_show_is_reported():
     found = entities.score([["O", "O"]], [["O", "O"]], "BIO")
     assert (found["f1"], found["support"], found["by_type"], found["token_accuracy"]) == (0.0, 0, {}, 1.0)
     assert entities.score([["O"]], [["O"]])["f1"] is None

@@ -231,7 +231,7 @@ def raw_pickle(folder, protocol):
         (lambda folder: raw_pickle(folder, 4), r"a plain pickle that asks for (posix|os|nt)\.mkdir when it is opened"),
     ],
 )
-def test_what_is_no_checkpoint_is_said_and_not_opened(content, words, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_named_and_not_opened(content, words, tmp_path):
     (tmp_path / "x.bin").write_bytes(content(tmp_path))
     with pytest.raises(SystemExit, match=rf"x\.bin is no PyTorch checkpoint: {words}"):
         unpickle.convert([tmp_path / "x.bin"], [tmp_path / "x.safetensors"], {})

@@ -177,7 +177,7 @@ def test_other_structures_keep_their_own_forward() -> None:
     assert decode_step(adapted.get_base_model()) is None
 
 
-def test_a_step_that_differs_is_given_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_differs_is_switched_off_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_passes, "decode_step", lambda core: wrong)
     right = decode_step(tiny_model("llama"))
     assert right is not None

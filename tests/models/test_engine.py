@@ -113,7 +113,7 @@ def test_rows_that_join_and_leave_change_nothing(two_loras: list[Engine], data: 
     assert [found[request.prompt, 0].ids for request in wanted] == alone
 
 
-def test_a_limit_of_0_and_the_window_end_an_answer_and_say_so() -> None:
+def test_a_limit_of_0_and_the_window_end_an_answer_and_are_its_reason() -> None:
     model = tiny_model("gpt2", n_positions=16)
     none, short, long = prompts(3, 3, 14)
     rows = [
@@ -397,7 +397,7 @@ def test_a_long_row_takes_the_memory_of_free_slots_and_waits_where_there_is_too_
     assert [answer.ids for answer in sorted(found, key=lambda answer: answer.prompt)] == alone
 
 
-def test_a_model_that_slots_cannot_serve_runs_row_by_row_and_says_so() -> None:
+def test_a_model_that_slots_cannot_serve_runs_row_by_row_and_this_is_reported() -> None:
     model, rows, notes = tiny_bloom(), prompts(3, 9), list[str]()
     engine = Engine(model, TOKENIZER, note=notes.append)
     assert ids(engine, requests(rows, SamplingParams(max_new_tokens=8, stop=NEVER))) == by_transformers(model, rows, 8, [511])

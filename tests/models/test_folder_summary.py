@@ -1,4 +1,4 @@
-"""``show`` tells what a folder is from headers and JSON alone."""
+"""``show`` describes a model folder from headers and JSON alone."""
 
 from __future__ import annotations
 

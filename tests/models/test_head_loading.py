@@ -34,7 +34,7 @@ def first(tmp_path_factory):
 
 
 def second(tmp_path, model, names, adaptation="full", objective="classify"):
-    """A recipe on ``model`` that learns next to nothing, with rows of the labels ``names``."""
+    """Return a recipe on ``model`` with a very small learning rate and rows of the labels ``names``."""
     made = recipe(tmp_path, "bert", objective, adaptation, max_steps=1, learning_rate=1e-12)
     rows = [{**row, "label": names[n % len(names)]} for n, row in enumerate(labelled(12))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -114,7 +114,7 @@ def test_a_merged_adapter_passes_its_head_on_with_its_own_labels_only(names, fir
 
 
 def test_a_tagger_s_layer_does_not_classify(first, tmp_path):
-    """The classes call it by one name, and it may have as many outputs."""
+    """Both classes of transformers use the same name for it, and it may have the same number of outputs."""
     tagger, labels = first(objective="tag"), ["O", "B-LOC", "I-LOC"]
     made = second(tmp_path, tagger, labels, objective={"type": "classify", "labels": labels})
     outcome = tunesmith.train(made, out=tmp_path / "second")

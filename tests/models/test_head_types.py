@@ -38,7 +38,7 @@ REFUSED = {
 
 
 def run(tmp_path, name, objective, values, kind=AutoModelForMaskedLM):
-    """A recipe on a model as it is published, with the head that it learnt to read with."""
+    """Return a recipe on a published model with its masked language modelling head."""
     torch.manual_seed(0)
     folder = tmp_path / f"model-{name}"
     kind.from_config(AutoConfig.for_model(name, **values)).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Weights on huge pages: the same weights in another place, and only where there is memory for them."""
+"""Weights on huge pages: the values stay equal, and weights move only if there is enough memory."""
 
 from __future__ import annotations
 

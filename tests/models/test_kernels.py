@@ -51,7 +51,7 @@ def test_swiglu(dtype):
 )  # fmt: skip
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_by_segments(dtype, segments, behind, kv_heads):
-    """Also rows longer than one block, and answers behind a prefix."""
+    """Rows longer than one block and answers after a shared prefix are included."""
     torch.manual_seed(0)
     tokens = sum(segments)
     q, k, v = (torch.randn(heads, tokens, 8).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads))

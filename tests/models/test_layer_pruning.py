@@ -1,4 +1,4 @@
-"""A model cut from another: the same numbers, fewer layers, made on this machine, with how it was made written down."""
+"""A pruned model has the weights of fewer layers of another model, is made on this machine, and records how it was made."""
 
 import json
 import shutil
@@ -85,7 +85,7 @@ def test_the_base_is_pulled_when_it_is_not_here(known, monkeypatch):
         pull("half")
 
 
-def test_list_and_show_say_what_it_is(known, capsys):
+def test_list_and_show_describe_a_pruned_model(known, capsys):
     pull("half")
     row = next(row for row in catalog.listing() if row["name"] == "half")
     assert (row["origin"], row["layers"], row["present"]) == ("layers 0, 2 of base", 2, True)
@@ -94,13 +94,13 @@ def test_list_and_show_say_what_it_is(known, capsys):
     assert main(["models", "list"]) == 0 and "layers 0, 2 of base" in " ".join(capsys.readouterr().out.split())
 
 
-def test_layers_in_a_row_are_told_as_one():
+def test_consecutive_layers_are_printed_as_a_range():
     source = {"kind": "cut", "of": "base", "layers": [0, 1, 2, 5, 7, 8]}
     assert catalog.describe_source(source) == "layers 0-2, 5, 7-8 of base"
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma3", "qwen3"])
-def test_other_architectures_and_what_their_configs_say_of_each_layer(architecture, tmp_path):
+def test_settings_of_single_layers_follow_in_other_architectures(architecture, tmp_path):
     base = save_tiny(architecture, tmp_path / "base")
     load_model(locate(copy_layers(base, [1], tmp_path / "cut")))
     config = json.loads((tmp_path / "cut" / "config.json").read_text())

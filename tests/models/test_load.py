@@ -65,7 +65,7 @@ def test_every_tiny_architecture_loads_strictly(tmp_path: Path, name: str) -> No
     assert torch.equal(load(tmp_path)[0](IDS).logits, tiny_model(name, eos_token_id=4)(IDS).logits)
 
 
-def test_the_checkpoints_dtype_is_kept_unless_told(tmp_path: Path) -> None:
+def test_the_checkpoints_dtype_is_kept_by_default(tmp_path: Path) -> None:
     tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     folder = locate(tmp_path)
     assert load_model(folder).dtype == torch.bfloat16

@@ -141,7 +141,7 @@ def test_of_a_model_they_are_those_of_its_logits(kind):
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers that one tensor had."""
+    """A dispatch mode that records the size of the largest tensor."""
 
     most = 0
 

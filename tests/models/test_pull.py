@@ -162,20 +162,20 @@ def test_offline_users_are_not_sent_to_the_hub(carrier: Path, monkeypatch: pytes
         pull(source="hub")
 
 
-def test_a_full_disk_is_told_before_the_download(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_download(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
     with pytest.raises(DiskFullError, match="MB free"):
         pull()
 
 
-def test_unknown_names_are_told_the_nearest() -> None:
+def test_the_error_for_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ModelError, match="Did you mean `smollm2-135m`"):
         pulling.pull("smollm-135m")
     with pytest.raises(ModelError, match="tunesmith models pull smollm2-135m"):
         locate("smollm2-135m")
 
 
-def test_the_list_says_what_is_here(carrier: Path) -> None:
+def test_the_list_shows_which_models_are_installed(carrier: Path) -> None:
     assert [row["present"] for row in catalog.listing()] == [False]
     path = pull()
     (path / "config.json").write_text("{}")

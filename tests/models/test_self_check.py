@@ -1,4 +1,4 @@
-"""A layer that has the names of a known one but another structure keeps its own forward, and the run says so."""
+"""A layer with the names of a known one but another structure keeps its forward, and the run reports it."""
 
 import pytest
 import torch

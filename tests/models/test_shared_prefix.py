@@ -38,7 +38,7 @@ def packed_model(name, dtype=torch.float32, attend=attention.NAME, **changes):
 
 
 def outputs_and_gradients(model, rows, shared):
-    """Of each answer what comes out at its own tokens, and at the prefix's last; then all gradients, each token counting its own."""
+    """Return the outputs at the tokens of each answer and at the last token of its prefix, then all gradients of a weighted sum of them."""
     batch, places = shared_prompts.arrange(rows, Layout(packed=True, shared=shared))
     hidden = lm_head.hidden_states(model, batch)[0]
     counts = [int(count) for row in rows for count in row["answers"][1:]]
@@ -56,7 +56,7 @@ def relative_error(ours, theirs):
 
 
 def check_shared_equals_separate(model, rows, limit):
-    """Each gradient; in bf16, where one whose parts cancel is half noise on any path, all of them together."""
+    """Compare each gradient; in bf16 all of them together, because a gradient whose parts cancel is half noise on any path."""
     (out, gradients), (expected, truth) = (outputs_and_gradients(model, rows, shared) for shared in (True, False))
     assert relative_error(out, expected) <= limit
     assert gradients.keys() == truth.keys() and len(truth) > 10

@@ -47,7 +47,7 @@ def test_torchs_function_is_taken_with_its_gqa_switch():
 
 
 def test_torch_2_11_has_no_gqa_switch():
-    """Signature of 2.11: window_size, but no enable_gqa; there the kernel takes fewer key heads without being told."""
+    """The signature of 2.11 has window_size but no enable_gqa; that kernel accepts fewer key heads without a switch."""
 
     def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
         return query
@@ -162,7 +162,7 @@ def test_boundaries_are_made_once_a_batch_and_segments_stay_on_the_host(kernel_s
 
 
 def test_nothing_is_read_back_from_the_device(monkeypatch):
-    """What would make the host wait: a number taken out of a tensor. The kernel is opaque, so its stand-in may do as it likes."""
+    """Reading a number out of a tensor would make the host wait. Operations inside the kernel's stand-in do not count."""
     varlen.register(lambda q, *others, **keywords: q, (9, 0))
     model, batch = tiny_model("gemma3"), with_targets(examples(SFT, tiny_tokenizer()), PACKED)
     model.set_attn_implementation(varlen.NAME)

@@ -169,7 +169,7 @@ def test_generation_in_a_batch_equals_one_by_one_and_pefts_own(name: str, kind: 
 
 @pytest.mark.parametrize("name", WINDOWED)
 def test_padding_between_a_prefix_and_its_text_is_refused_where_a_window_slides(name: str) -> None:
-    """What transformers' own generate makes of a padded batch: the short row would lose its prefix."""
+    """In a padded batch of transformers' own generate, the short row would lose its prefix."""
     model, (short, long) = adapted(name, "prefix", noise=2.0), (PROMPTS[2], PROMPTS[1])
     pad, settings = len(long) - len(short), {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     batch = {

@@ -16,7 +16,7 @@ TOKENIZER = tiny_tokenizer("chatml", pad_is_eos=True)
 
 
 def adapted(name: str, kind: str, noise: float = 0.3, changes: dict[str, Any] | None = None, **keys: Any) -> Any:
-    """``noise`` is added to what the adaptation starts with, so that it is nobody's first values."""
+    """Return the adapted model; ``noise`` is added to the initial values."""
     module = adaptations.module(kind)
     adaptation = module.Adaptation(module.Config(**{"num_virtual_tokens": COUNT, **keys}))
     model = adaptation.apply(tiny_model(name, **(changes or {})), "lm", (), TOKENIZER).eval()

@@ -1,4 +1,4 @@
-"""A pipeline trains each stage on the result of an earlier one, once, and goes on where it was killed."""
+"""A pipeline trains each stage once on the result of an earlier one, and resumes in the stage where it was killed."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_bars_are_the_measures():
     ]  # fmt: skip
 
 
-def test_bars_say_how_many_were_left_out():
+def test_bars_show_how_many_were_left_out():
     axes = drawn(charts.per_class(figures_of([1] * 40)["per_class"])).axes[0]
     assert len(axes.get_yticklabels()) == charts.MOST_CLASSES
     assert "the 30 most frequent of 40 classes" in axes.get_xlabel()
@@ -107,7 +107,7 @@ def test_precision_at_a_recall_is_that_of_the_threshold_that_reaches_it():
     assert line.get_drawstyle() == "steps-post"  # each value holds from its own recall down to the next
 
 
-def test_curves_that_cannot_be_told_apart_are_left_out():
+def test_curves_that_cannot_be_distinguished_are_left_out():
     curve = [[1.0, 0.5], [0.0, 1.0]]
     figure = drawn(charts.precision_recall({"empty": None, **{f"label {number}": curve for number in range(14)}}))
     names = labels(figure.legends[0].get_texts())

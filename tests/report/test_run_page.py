@@ -103,7 +103,7 @@ def test_a_change_that_rounds_to_nothing_is_neither_good_nor_bad(run, after):
     assert "<span>0.0%</span>" in html and "-0.0%" not in html and "+0.0%" not in html
 
 
-def test_the_headline_says_what_came_of_it(run):
+def test_the_headline_names_the_result(run):
     _, seen = page(run)
     for words in (
         "2.114 → 1.462",
@@ -276,7 +276,7 @@ def test_a_manifest_of_another_shape_does_no_harm(run, manifest):
     assert "had not finished" in page(run)[1].text
 
 
-def test_a_run_that_became_nan_says_so(run):
+def test_the_report_names_the_nan_of_a_run(run):
     Metrics(run / "metrics.jsonl").append({"kind": "stop", "step": 41, "loss": math.nan, "grad_norm": math.inf, "rows": ["a:7"]})
     (run / "manifest.json").write_text('{"stopped": "NonFiniteError: step 41: the loss is nan"}')
     _, seen = page(run)
@@ -285,14 +285,14 @@ def test_a_run_that_became_nan_says_so(run):
     assert "had not finished" not in seen.text
 
 
-def test_early_stopping_is_said(run):
+def test_early_stopping_is_reported(run):
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["result"]["stopped"] = "no improvement in 3 evaluations"
     (run / "manifest.json").write_text(json.dumps(manifest))
     assert "Stopped early: no improvement in 3 evaluations" in page(run)[1].text
 
 
-def test_writing_again_replaces_the_report_and_leaves_nothing_beside(run):
+def test_writing_again_replaces_the_report_and_leaves_no_other_file(run):
     write_report(run)
     before = sorted(path.name for path in run.iterdir())
     write_report(str(run))

@@ -42,7 +42,7 @@ def test_a_page_of_classes(tmp_path):
     assert "Worst mistakes" not in html and "What was measured" not in html
 
 
-def test_pictures_are_in_the_page_and_beside_it(tmp_path, drawn):
+def test_pictures_are_in_the_page_and_next_to_it(tmp_path, drawn):
     html = body(tmp_path, classes.multi_label_metrics([[1], [0]], [[0.9], [0.2]], ["x"]))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "report.html", "per-class.png", "precision-recall.png", "calibration.png",
@@ -203,7 +203,7 @@ def test_nothing_from_outside_acts(tmp_path):
     assert "default-src 'none'" in html
 
 
-def test_a_chart_says_in_words_what_it_shows(tmp_path):
+def test_a_chart_has_a_text_of_what_it_shows(tmp_path):
     html = body(tmp_path)
     assert 'alt="Confusion matrix: counts, coloured by the share of the row. good is predicted as bad 1 times"' in html
     assert re.search(r'alt="Calibration: [^"]*\. [^"]*right at a confidence of 0\.7', html)

@@ -1,4 +1,4 @@
-"""The source of sampled answers through the real loop: what was sampled, measured and saved is what is trained on."""
+"""The source of sampled answers in the real loop: training uses exactly the answers that were sampled, scored and saved."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_sizes_that_do_not_fit_stop_before_the_weights_load(tmp_path, monkeypatc
 
 
 def test_prompts_whose_answers_all_score_the_same_are_replaced(tmp_path, monkeypatch):
-    """Of the prompts with an even place none teaches anything: two more are drawn, of which one is again useless."""
+    """All answers to a prompt with an even index score the same. Two more prompts are drawn, and one of them is useless again."""
 
     def even(self, answers):
         parts = [one.name.split(":") for one in answers]

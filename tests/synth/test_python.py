@@ -218,7 +218,7 @@ def test_an_excerpt_gives_each_node_its_own_characters():
     assert [part.source(one.default) for one in library.all_parameters(node)[1:]] == ['"é"', "3"]
 
 
-def test_a_string_that_stands_left_of_its_function_is_not_cut():
+def test_a_string_left_of_its_function_is_not_cut():
     source = 'class A:\n    def f(self):\n        return """\nleft\n"""\n'
     assert library.excerpt(parsed("m", source).definitions[-1]) is None
 
@@ -304,7 +304,7 @@ NONE = {"en": "None.", "ko": "없습니다."}
 
 
 def check_names(task, question, code, answer):
-    """That the names of an answer are those that are found in the code by other means."""
+    """Check that the names of an answer are those found in the code in another way."""
     named = names_in(answer)
     if task in ("parameters", "required"):
         found = list(declared(code))
@@ -375,7 +375,7 @@ def test_the_lengths_are_balanced_within_each_flaw():
 
 
 def check_fact(prompt, true, false):
-    """That of two answers about code the first is right and the second wrong; False where the prompt has no code."""
+    """Check that the first of two answers about code is right and the second wrong. Returns False if the prompt has no code."""
     question, _, code = prompt.partition("\n\n")
     if not code:
         return False
@@ -427,7 +427,7 @@ def test_labels_are_the_topics_of_the_modules_and_as_even_as_can_be():
     assert set(groups("classify", "ko")) == korean and len(korean) == len(english)
 
 
-def test_a_text_stands_in_a_module_of_its_topic():
+def test_a_text_comes_from_a_module_of_its_topic():
     for row in rows("classify")[::10]:
         names = [name for name in library_texts() if classify.topic(name) == row["label"]]
         beginning = " ".join(row["text"].split()[:3])
@@ -529,7 +529,7 @@ class Box:
 
 @pytest.mark.parametrize("kind", ["tag", "qa", "instructions", "translations"])
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_nothing_says_that_a_property_is_called(kind, lang):
+def test_no_row_claims_that_a_property_is_called(kind, lang):
     made = [one.row for one in KINDS[kind].make(parsed("boxes", PROPERTIES), lang, 0)]
     if kind == "tag":
         named = {name for row in made for shown, name in entities(row) if shown in ("FUNCTION", "함수")}
@@ -705,7 +705,7 @@ def test_tokens_are_the_text_without_its_spaces(text, data):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_answers_stand_where_the_row_says(lang):
+def test_answers_are_where_the_row_says(lang):
     for row in rows("qa", lang):
         answers = row["answers"]
         assert len(answers["text"]) == len(answers["answer_start"]) <= 1
@@ -827,7 +827,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_build_writes_a_file_and_says_what_is_in_it(capsys, few_ahead):
+def test_build_writes_a_file_and_describes_it(capsys, few_ahead):
     code, out, err = run(capsys, "classify", "--rows", "30", "--lang", "ko", "--json")
     assert code == 0
     told = json.loads(out)

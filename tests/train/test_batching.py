@@ -1,4 +1,4 @@
-"""Which rows make up a step, how it is cut, and when things are due."""
+"""Rows of a step, its split into micro-batches, and the steps at which evaluations and saves are due."""
 
 import math
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
 def laid_out(rows, batch_size, seed, shuffle, passes):
-    """Steps of so many rows; no example is looked at."""
+    """Return steps of so many rows, without reading an example."""
     data = SimpleNamespace(source=np.zeros(rows, np.int32), weights=np.ones(1))
     return epochs(data, None, batch_size, seed, shuffle, passes, None)
 

@@ -100,7 +100,7 @@ def test_a_function_that_fails_at_the_last_step_costs_nothing(tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_a_loss_that_is_not_finite_is_told_to_on_log_before_the_run_stops(tmp_path):
+def test_on_log_gets_a_loss_that_is_not_finite_before_the_run_stops(tmp_path):
     seen = []
     made = recipe(tmp_path, learning_rate=1e30, max_grad_norm=0.0, optim="sgd", optim_args={})
     with pytest.raises(NonFiniteError):

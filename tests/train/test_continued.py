@@ -1,4 +1,4 @@
-"""A run that trains an adapter on: the keys that made the adapter are taken again, others are refused."""
+"""A run that continues an adapter takes the keys that made it; other keys are refused."""
 
 import shutil
 

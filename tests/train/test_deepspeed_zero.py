@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2: the run of one process, checkpoints that know nothing of it, and a configuration that contradicts nobody."""
+"""Runs under DeepSpeed's ZeRO-2 equal those of one process, their checkpoints do not depend on it, and a conflicting configuration is refused."""
 
 import json
 import shutil
@@ -93,8 +93,8 @@ VARIED = {
 @pytest.mark.parametrize(
     "name", [pytest.param("bf16, full", marks=pytest.mark.long), *(name for name in VARIED if name != "bf16, full")]
 )
-def test_other_parts_go_with_shards(name, tmp_path):
-    """In bf16 the copies are rounded by other random bits than without shards: the losses are near, and a resumed run is the same."""
+def test_precisions_new_tokens_and_recomputation_work_with_shards(name, tmp_path):
+    """In bf16 the working copies are rounded with other random bits than without shards, so losses agree to a tolerance. A resumed run is equal."""
     pytest.importorskip("deepspeed")
     varied = VARIED[name]
     made = run_of(tmp_path, "full", **varied["train"], max_steps=4)
@@ -171,7 +171,7 @@ def test_its_absence_is_named_with_the_extra(tmp_path, monkeypatch):
         deepspeed_zero.read(configuration(tmp_path), TrainConfig(), torch.float32)
 
 
-def test_what_the_file_says_of_communication_is_kept_and_auto_is_filled_in(tmp_path, monkeypatch):
+def test_communication_settings_of_the_file_are_kept_and_auto_is_filled_in(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     path = configuration(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Figures of each evaluation set: those of a run with that set alone, whatever the split, the layout or the processes."""
+"""The figures of each evaluation set equal those of a run with that set alone, for every split, layout and number of processes."""
 
 from __future__ import annotations
 

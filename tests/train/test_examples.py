@@ -1,4 +1,4 @@
-"""Held-out answers to read: the worst mistakes, equal ones once, and some right answers, with the text of their rows."""
+"""Held-out answers in the report: the worst mistakes without repeats, and some right answers, with the text of their rows."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The trial before the first step sees every gradient and every product of the fast path, and leaves the model as it was."""
+"""The parity check before the first step covers every gradient and every product of the fast path, and does not change the model."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -91,7 +91,7 @@ def test_a_wrong_product_is_seen_where_nothing_is_trained(without, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "accepted"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)])
 def test_a_reward_may_be_rounded_further_in_half_precision(dtype, accepted):
-    """Plain bf16 is 11% from fp32 there, so two paths of it may well be 18% apart."""
+    """There, plain bf16 differs from fp32 by 11%, so two bf16 paths may differ by 18%."""
     expected, got = (0.7, [torch.tensor([1.0, 0.0])]), (0.7, [torch.tensor([1.0, 0.18])])
     assert parity_check.difference(expected, got, dtype) is not None
     network = SimpleNamespace(dtype=dtype)
@@ -102,7 +102,7 @@ def test_a_reward_may_be_rounded_further_in_half_precision(dtype, accepted):
 
 @pytest.mark.parametrize("task", [dpo, reward], ids=["dpo", "reward"])
 def test_long_answers_are_tried_in_part(task, tmp_path, monkeypatch):
-    """Two rows of a thousand tokens would take longer than many a step."""
+    """A check of two whole rows of a thousand tokens would take longer than a step of many runs."""
     objective = task.Objective(task.Config())
     rows = [Ranking("what is the " * 300, (" a b" * 200, " the" * (200 + n)), (0, 1)) for n in range(2)]
     long = [one for row in objective.encode(rows, tiny_tokenizer(None)) for one in row]

@@ -1,4 +1,4 @@
-"""What goes wrong in a run: not-a-number, a full disk, two processes at once. The last good state always survives."""
+"""Faults of a run: a loss of NaN, a full disk, two processes in one folder. The last good state always survives."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ LOSS = lm_head.lm_loss
 
 
 def poisoned(label, value):
-    """The loss function, with ``value`` added where a batch holds a row of exactly ``label`` learnt tokens."""
+    """The loss function, with ``value`` added where a batch holds a row of exactly ``label`` supervised tokens."""
 
     def loss(model, batch):
         hit = label in batch.get("segments", ())
@@ -187,7 +187,7 @@ def test_a_folder_that_holds_something_is_never_overwritten(tmp_path):
 
 @pytest.mark.parametrize(("save_steps", "kept_steps"), [(3, [10]), (2, [4, 10])])
 def test_the_best_model_is_kept_whatever_rotates(save_steps, kept_steps, tmp_path, monkeypatch):
-    """The best is in the middle, one checkpoint is kept, and the checkpoint of the best evaluation where there was one."""
+    """The best step is in the middle of the run. One checkpoint is kept, and that of the best evaluation if it was saved."""
     figures = iter([9.0, 5.0, 2.0, math.nan, 4.0, 3.0])
     monkeypatch.setattr(evaluation, "measure", lambda *args, **options: ({"eval_loss": next(figures), "perplexity": 1.0}, []))
     made = recipe(tmp_path, max_steps=10, eval_steps=2, save_steps=save_steps, save_total_limit=1)

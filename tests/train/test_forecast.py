@@ -1,4 +1,4 @@
-"""What fits and what does not: the heaviest micro-batch comes first, memory that runs out changes no result."""
+"""The memory limit: the largest micro-batch is tried first, and running out of memory changes no result."""
 
 import dataclasses
 import gc
@@ -41,7 +41,7 @@ class TooLarge(torch.autograd.Function):
 
 
 def small_machine(monkeypatch, most, where="forward", first_steps=0):
-    """Batches of more than ``most`` tokens do not fit. Returns the list of sizes that were tried."""
+    """Let batches of more than ``most`` tokens run out of memory. Returns the list of sizes that were tried."""
     tried = []
 
     def loss(model, batch):
@@ -73,7 +73,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_update_stays_the_same
     assert apart(got, expected) < 1e-6
 
 
-def test_memory_that_runs_out_is_said_and_kept_for_later_steps(tmp_path, monkeypatch):
+def test_a_memory_limit_is_reported_and_kept_for_later_steps(tmp_path, monkeypatch):
     made = recipe(tmp_path, max_steps=4)
     heaviest = 3  # the pass in training mode and those of the rehearsal still fit
     tried = small_machine(monkeypatch, 60, first_steps=heaviest)
@@ -121,7 +121,7 @@ def test_a_single_row_that_does_not_fit_stops_the_run_and_is_named(tmp_path, mon
 
 
 def test_nothing_of_a_failed_pass_is_kept_alive(tmp_path, monkeypatch):
-    """A traceback that is still referred to would hold the very tensors that were too many."""
+    """A reference to the traceback would keep the tensors that exceeded the memory."""
     made = recipe(tmp_path, max_steps=1)
     alive = []
     released = machine.release_memory
@@ -159,7 +159,7 @@ def test_the_heaviest_is_found_in_a_run_too_long_to_be_looked_at_whole(tmp_path,
     assert max(tried) == max(tried[:4])
 
 
-def test_a_run_that_cannot_fit_says_by_how_much_and_what_would(tmp_path, monkeypatch):
+def test_the_error_of_a_run_above_the_memory_limit_names_the_excess_and_settings_that_fit(tmp_path, monkeypatch):
     made = recipe(tmp_path)
     monkeypatch.setattr(memory_budget, "limit_bytes", lambda device: 50_000_000)
     with pytest.raises(RecipeError, match=r"needs about .* and 50\.0 MB are available: .* are missing") as caught:
@@ -208,7 +208,7 @@ def test_auto_trains_the_same_model_and_the_budget_is_recorded(tmp_path):
 
 
 def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
-    """Another process has less room, and halved more: its numbers are everybody's."""
+    """Another process has less memory and halved its micro-batches more often: all processes use its numbers."""
     heard = []
 
     def gather(records):
@@ -227,7 +227,7 @@ def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
     assert heard[-1] == 256 and job.budget == 249
 
 
-def test_a_measured_check_says_memory_and_time_and_keeps_nothing(tmp_path):
+def test_a_measured_check_reports_memory_and_time_and_keeps_nothing(tmp_path):
     made = recipe(tmp_path, count=30)
     made["data"]["eval"] = {"fraction": 0.2}
     before = sorted(tmp_path.rglob("*"))
@@ -284,7 +284,7 @@ def test_a_check_for_a_smaller_machine_fails_with_what_is_missing(tmp_path, caps
 
 
 def test_a_micro_batch_that_would_be_far_too_large_is_not_tried_whole(tmp_path, monkeypatch):
-    """On a CPU the system kills a process that takes too much; what the whole would hold is known from a part of it."""
+    """On a CPU the system kills a process that takes too much memory, so the need of the whole is estimated from a part of it."""
     made = recipe(tmp_path, count=64, batch_size=64, micro_batch_tokens=10**6)
     tried = []
     real = memory_budget._pass

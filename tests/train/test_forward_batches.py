@@ -1,4 +1,4 @@
-"""What only goes through the network and does not fit into memory is halved, and comes out the same."""
+"""A forward-only batch above the memory limit is halved, with the same result."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def refused():
 
 
 def small_memory(monkeypatch, objective, most):
-    """``objective`` evaluates at most so many tokens at a time. Returns the sizes it was asked for, as they come."""
+    """Let ``objective`` run out of memory above so many tokens. Returns a list that grows by the size of each batch."""
     evaluate, asked = objective.evaluate, []
 
     def limited(self, model, batch):

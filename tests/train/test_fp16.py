@@ -210,7 +210,7 @@ def test_the_scale_falls_with_each_overflow_and_doubles_after_2000_good_steps():
 
 @dataclass
 class Watched:
-    """What a step left behind."""
+    """Masters, working copies, rows and learning rate of a step."""
 
     masters: dict
     copies: dict

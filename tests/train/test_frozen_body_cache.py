@@ -1,4 +1,4 @@
-"""The outputs of a frozen body: kept once, found by content, and never another result."""
+"""Cached hidden states of a frozen body: computed once, found by content, and without effect on the result."""
 
 import gc
 import json
@@ -39,7 +39,7 @@ def made_in(folder, name="llama", held_out=0.3, **keys):
 
 
 def forwards(monkeypatch):
-    """The number of tokens of each pass through a body, as they happen."""
+    """Return a list that grows by the number of tokens of each pass through a body."""
     seen = []
     body = lm_head.hidden_states
 
@@ -183,7 +183,7 @@ def test_without_a_cache_nothing_stays(tmp_path, monkeypatch):
     assert not list((tmp_path / "temporary").glob("tunesmith-bodies-*"))
 
 
-def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
     made = made_in(tmp_path)
     tunesmith.train(made, out=tmp_path / "kept")
     for folder in cache.store().glob("bodies-*/*"):
@@ -207,7 +207,7 @@ RANDOM = {
 
 
 @pytest.mark.parametrize("case", RANDOM)
-def test_what_is_random_is_never_kept_and_the_reason_is_said(case, tmp_path, monkeypatch):
+def test_random_hidden_states_are_never_cached_and_the_reason_is_reported(case, tmp_path, monkeypatch):
     from tests.runs import model_folder
     from tunesmith.train import setup
 
@@ -263,12 +263,12 @@ EXAMPLES = st.lists(
 
 
 def example(pair):
-    ids, learnt = pair
-    return {"input_ids": np.array(ids, np.int32), "supervised": np.array(learnt, np.bool_)}
+    ids, mask = pair
+    return {"input_ids": np.array(ids, np.int32), "supervised": np.array(mask, np.bool_)}
 
 
 def output_of(row):
-    """(places, 2): what a body would give, told from the row alone."""
+    """Return stand-in hidden states, shape (positions, 2), computed from the row alone."""
     sums = np.cumsum(row.ids)
     return torch.tensor([[float(sums[place]), float(len(row.ids) * 100 + row.ids[0])] for place in row.places]).view(-1, 2)
 
@@ -299,7 +299,7 @@ def test_any_batch_of_known_rows_finds_its_own_outputs(pairs, packed, order, kno
         assert found is None
 
 
-def test_two_rows_of_one_digest_are_told_apart(tmp_path, monkeypatch):
+def test_two_rows_of_one_digest_are_distinguished(tmp_path, monkeypatch):
     monkeypatch.setattr(Row, "digest", property(lambda self: 7))
     kept = CachedStates(2, torch.bfloat16)
     first, second = (Row(np.array([1, word], np.int32), np.array([0], np.int32)) for word in (2, 3))

@@ -1,4 +1,4 @@
-"""A real process is killed at every kind of operation on its run folder; resumed, it is the undisturbed run, bit for bit."""
+"""A process is killed at every kind of operation on its run folder. The resumed run equals the undisturbed one bit for bit."""
 
 import os
 import random

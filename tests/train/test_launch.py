@@ -1,4 +1,4 @@
-"""``tunesmith launch``: several processes make the run of one; what ends one of them ends all, and is told once."""
+"""``tunesmith launch``: several processes make the run of one. What ends one of them ends all, and is reported once."""
 
 import json
 import os
@@ -25,7 +25,7 @@ FAILED = {"type": "DataError", "message": "row 7 is bad", "exit_code": 2, "time"
 LOST = {"type": "ProcessLost", "message": "lost another", "exit_code": 3, "time": 4.0}
 
 
-def test_the_first_failure_is_told_with_its_own_class():
+def test_the_first_failure_is_raised_with_its_own_class():
     later = {**FAILED, "message": "later", "time": 6.0}
     error = launch.find_cause({0: Note(1, failure=later), 1: Note(2, failure=FAILED)}, {0: 2, 1: 2}, {})
     assert type(error) is errors.DataError and str(error) == "row 7 is bad" and error.exit_code == 2
@@ -79,7 +79,7 @@ def test_a_process_that_waits_ends_soon_after_another(fate, tmp_path):
 
 
 def shared_run(tmp_path, **train):
-    """Steps of 5, 5 and 2 rows, so that the last of an epoch leaves little to share."""
+    """Return a recipe with steps of 5, 5 and 2 rows, so that the last step of an epoch has few rows for each process."""
     made = recipe(
         tmp_path, adaptation={"type": "lora", "r": 4, "lora_dropout": 0.3},
         **{"max_steps": 7, "eval_steps": 3, "save_steps": 1, "save_total_limit": 9, **train},
@@ -166,7 +166,7 @@ def test_a_run_of_two_processes_is_reproduced_with_two(run_of_two, tmp_path):
         ("os.kill(os.getpid(), signal.SIGKILL)", 3, "error: process 1 was ended by SIGKILL"),
     ],
 )
-def test_what_ends_one_process_ends_all_within_ten_seconds_and_is_told_once(fault, code, told, tmp_path):
+def test_what_ends_one_process_ends_all_within_ten_seconds_and_is_reported_once(fault, code, told, tmp_path):
     ended, _, err = launched(recipe(tmp_path, max_steps=50), tmp_path, fault=fault)
     seconds = time.time() - float((tmp_path / "fault" / "when").read_text())
     assert ended == code and told in err and err.count("error:") == 1, err

@@ -1,4 +1,4 @@
-"""Every optimiser is the one it is named after, at the rates the recipe gives, and goes on bit for bit from a checkpoint."""
+"""Every optimiser follows its published formula at the rates of the recipe, and resumes from a checkpoint bit for bit."""
 
 import math
 import sys
@@ -221,7 +221,7 @@ def test_lora_plus_reaches_the_b_of_an_embedding():
     assert len(rates) * 2 == len(masters.masters)
 
 
-def test_lora_plus_changes_what_is_learnt_and_an_adapter_that_is_continued_may_have_it(tmp_path):
+def test_lora_plus_changes_the_training_and_works_with_a_continued_adapter(tmp_path):
     made = recipe(tmp_path, adaptation={"type": "lora", "r": 4})
     plain = tunesmith.train(made, out=tmp_path / "plain")
     made["adaptation"] = {"type": "lora", "r": 4, "loraplus_lr_ratio": 4.0}

@@ -1,4 +1,4 @@
-"""What a run's result is: the figure that chose its model, and what to do with it next."""
+"""The result of a run: the figure that chose its model, and the commands that use the model next."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_a_figure_that_these_rows_lack_stops_before_the_first_step(tmp_path):
     assert all(one["kind"] != "train" for one in metrics_file.read(tmp_path / "run/metrics.jsonl"))
 
 
-def test_a_finished_run_says_how_to_train_its_model_further(finished, capsys):
+def test_a_finished_run_prints_how_to_train_its_model_further(finished, capsys):
     from rich.console import Console
 
     plan, outcome = finished

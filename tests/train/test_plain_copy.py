@@ -1,4 +1,4 @@
-"""The copy for plain transformers of an adapter that its stock class cannot open: made, said, and never in the way of the run."""
+"""The copy for plain transformers of an adapter that the stock class cannot open: it is written and reported, and cannot fail the run."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_no_copy_where_the_stock_class_opens_it_or_where_none_would(tmp_path, na
     assert "merged_dir" not in found and not (tmp_path / "run" / "merged").exists() and not notes(tmp_path)
 
 
-def test_an_adapter_that_no_weight_can_stand_for_is_said(tmp_path):
+def test_an_adapter_that_no_weight_can_replace_is_reported(tmp_path):
     found = trained(tmp_path, "llama", "qa", "prefix")
     assert "merged_dir" not in found and "nothing to merge" in notes(tmp_path)[0]
 

@@ -68,7 +68,7 @@ def test_an_escape_sequence_in_a_note_is_shown_and_not_obeyed():
     assert out.getvalue() == "file \\x1b[2Jevil\\x0d.json\\x9b1m\n"
 
 
-def test_a_note_is_said_once_and_collected():
+def test_a_note_is_printed_once_and_collected():
     out, progress = plain()
     for text in ("padded batches", "other", "padded batches"):
         progress.note(text)
@@ -76,7 +76,7 @@ def test_a_note_is_said_once_and_collected():
     assert progress.notes == ["padded batches", "other"]
 
 
-def test_no_console_says_nothing_and_still_collects_notes(capfd):
+def test_without_a_console_notes_are_collected_and_not_printed(capfd):
     with Progress(None) as progress:
         progress.start(0, 10)
         progress.log(TRAIN)

@@ -1,4 +1,4 @@
-"""A run folder in any state a kill, a power cut or a user leaves it in: it is continued, started anew, or refused with what is left."""
+"""A run folder after a kill, a power cut or an edit: the run is resumed, restarted, or refused with a list of what is left."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def flip(file):
         ("emptied", r"every checkpoint of .*run is damaged.*\n  step-2: manifest.json is missing"),
     ],
 )
-def test_without_a_good_checkpoint_a_run_stops_and_says_what_is_left(damage, told, copy):
+def test_without_a_good_checkpoint_a_run_stops_and_names_what_is_left(damage, told, copy):
     made, run = copy
     for step in (2, 4):
         folder = run / "checkpoints" / f"step-{step}"

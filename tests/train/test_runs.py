@@ -35,7 +35,7 @@ def written(folder, manifest=None, records=(), recipe=RECIPE):
         ("recipe.yaml", "- a", "recipe.yaml, line 1"),
     ],
 )
-def test_one_bad_folder_is_listed_as_unreadable_beside_the_others(tmp_path, capsys, file, content, told):
+def test_one_bad_folder_is_listed_as_unreadable_with_the_others(tmp_path, capsys, file, content, told):
     written(tmp_path / "good", {"finished": "now"})
     (written(tmp_path / "bad", {"finished": "now"}) / file).write_text(content, encoding="utf-8")
     assert main(["runs", "list", str(tmp_path), "--json"]) == 0
@@ -74,11 +74,11 @@ def test_a_label_is_never_long():
     assert len(set(compare.labels(many))) == 4
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders():
+def test_runs_of_one_name_are_distinguished_by_their_folders():
     assert compare.names([of_recipe("x/run"), of_recipe("y/run")]) == ["x/run", "y/run"]
 
 
-def test_sources_differ_key_by_key_and_idle_defaults_are_not_told():
+def test_sources_differ_key_by_key_and_idle_defaults_are_not_listed():
     full = of_recipe("a", adaptation={"type": "full"})
     lora = of_recipe("b", files=("other.jsonl",), adaptation={"type": "lora", "r": 4, "use_dora": False})
     assert compare.differences([full, lora]) == {
@@ -110,7 +110,7 @@ def figure(monkeypatch):
 
 
 def assert_readable(figure):
-    """Whole steps on the axes, the loss named, a legend beside the axes and inside the picture."""
+    """Whole steps on the axes, the loss named, a legend next to the axes and inside the picture."""
     (legend,) = figure.legends
     box = legend.get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1

@@ -57,7 +57,7 @@ def test_an_answer_that_did_not_stop_is_marked_as_cut(monkeypatch):
     assert samples.answer(None, None, prompts, 3) == [samples.Answer("a", 3), samples.Answer("b", None)]
 
 
-def test_the_report_and_the_terminal_say_where_a_sample_was_cut(tmp_path):
+def test_the_report_and_the_terminal_show_where_a_sample_was_cut(tmp_path):
     from tunesmith.cli.train import summary
 
     made = recipe(tmp_path, max_steps=1, eval_steps=1, learning_rate=1e-6)

@@ -47,11 +47,11 @@ class Rollouts:
         self.iteration, self.examples = iteration, []
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = np.array([*prompt, *answer], np.int32)
-            learnt = np.zeros(len(ids), np.bool_)
-            learnt[len(prompt) :] = True
+            mask = np.zeros(len(ids), np.bool_)
+            mask[len(prompt) :] = True
             if len(set(answer)) == 1:  # the rule: an answer that repeats itself earns its first token alone
-                learnt[len(prompt) + 1 :] = False
-            self.examples.append({"input_ids": ids, "supervised": learnt})
+                mask[len(prompt) + 1 :] = False
+            self.examples.append({"input_ids": ids, "supervised": mask})
 
     def _step(self, number: int, place: int) -> Step:
         names = [f"rollout:{self.iteration * PROMPTS + one // ANSWERS}:{one % ANSWERS}" for one in range(len(self.examples))]

@@ -42,7 +42,7 @@ def test_samples_come_in_the_order_of_the_requests_from_one_engine() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "prompt"])
 def test_the_fingerprint_is_that_of_the_answers(kind: str) -> None:
-    """The virtual tokens of an adapter are outside the network that computes logits."""
+    """The virtual tokens of an adapter are parameters outside the network that computes logits."""
     module = adaptations.module(kind)
     keys: Any = {"r": 4} if kind == "lora" else {"num_virtual_tokens": 3}
     model = module.Adaptation(module.Config(**keys)).apply(tiny_model("llama"), "lm", (), TOKENIZER)

@@ -55,7 +55,7 @@ def change_template(model):
 
 
 def flip_one_bit(model):
-    """In a part of the embedding that no sample covers."""
+    """Flip a bit in a part of the embedding that the fingerprint does not sample."""
     file = model / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) - 100_000] ^= 1

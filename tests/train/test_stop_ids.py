@@ -18,7 +18,7 @@ CLOSES, ENDS = 4, 2
 
 
 class Always(LogitsProcessor):
-    """Writes ``token`` whatever the model says."""
+    """A logits processor that always selects ``token``."""
 
     def __init__(self, token):
         self.token = token
@@ -28,7 +28,7 @@ class Always(LogitsProcessor):
 
 
 def written(folder, token):
-    """How many tokens plain transformers takes from a model that writes ``token`` only."""
+    """Return how many tokens plain transformers generates with a model that writes ``token`` only."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([[5, 6, 7]])
     out = model.generate(ids, max_new_tokens=6, do_sample=False, logits_processor=[Always(token)], pad_token_id=0)

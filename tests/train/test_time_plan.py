@@ -107,7 +107,7 @@ def test_a_shorter_run_stays_short(tmp_path, monkeypatch, length):
     assert any(note.startswith("train.max_minutes 9: all 2 steps fit") for note in manifest(tmp_path / "run")["notes"])
 
 
-def test_a_time_that_is_too_short_takes_one_step_and_says_so(tmp_path, monkeypatch):
+def test_a_time_that_is_too_short_takes_one_step_and_warns(tmp_path, monkeypatch):
     made = recipe(tmp_path, max_minutes=0.1)
     measured(monkeypatch)
     assert tunesmith.train(made, out=tmp_path / "run")["steps"] == 1
@@ -134,7 +134,7 @@ def test_it_is_refused_where_the_steps_cannot_be_taken_back(tmp_path):
         tunesmith.train(recipe(tmp_path, max_minutes=1), out=tmp_path / "run", deepspeed=tmp_path / "ds.json")
 
 
-def test_a_check_says_what_is_not_known_yet(tmp_path):
+def test_a_check_reports_what_is_not_known_yet(tmp_path):
     facts = tunesmith.check(recipe(tmp_path, max_minutes=2))
     assert any("at most 4 steps" in note for note in facts["notes"])
 

@@ -75,7 +75,7 @@ def from_wandb(run, monkeypatch):
 
 
 def finished_records(file, messages):
-    """All records of a run. They are written by a process of W&B's own, which may be a moment behind: the last one says so."""
+    """All records of a run. A process of W&B writes them with a delay; an "exit" record is the last one."""
     deadline = time.monotonic() + 20
     while True:
         records = [messages.Record.FromString(content) for content in leveldb_records(file.read_bytes())]
@@ -185,7 +185,7 @@ def test_what_is_not_finite_arrives_as_it_is(tracker, tmp_path, monkeypatch):
 
 
 class Fake:
-    """Stands in the place of accelerate's tracker."""
+    """A replacement of accelerate's tracker."""
 
     def __init__(self, log=lambda values, step: None, finish=lambda: None):
         self.log, self.finish = log, finish
@@ -203,7 +203,7 @@ def raises(*given, **named):
 
 
 @pytest.mark.parametrize("fake", [raises, Fake(log=raises), Fake(finish=raises)], ids=["opening", "logging", "finishing"])
-def test_a_tracker_that_fails_is_told_once_and_the_run_ends_as_it_should(tmp_path, monkeypatch, fake):
+def test_a_tracker_that_fails_is_reported_once_and_the_run_completes(tmp_path, monkeypatch, fake):
     pytest.importorskip("tensorboard")
     use(monkeypatch, fake)
     result = trained(tmp_path, ["tensorboard"])

@@ -1,4 +1,4 @@
-"""How far an update moves the weights: exact on small tensors, near on large ones, and a tensor that stands still is named."""
+"""The update ratio is exact on small tensors and sampled on large ones; a tensor that does not move is named."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_weights_of_zero_have_no_ratio():
     assert str(after(UpdateRatio(weights), lambda: weights["b"].add_(1.0)).value) == "nan"
 
 
-def test_a_tensor_that_stands_still_is_named_once():
+def test_a_tensor_that_does_not_move_is_named_once():
     weights = {name: torch.ones(4) for name in ("moves", "stands", "starts late")}
     found = UpdateRatio(weights)
     for step in range(update_ratio.PATIENCE + 3):
@@ -101,8 +101,8 @@ def test_at_a_small_rate_every_trained_tensor_moves(name, precision, tmp_path, m
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_a_parameter_that_no_gradient_reaches_is_said(decay, tmp_path, monkeypatch):
-    """Its gradient is cut off on purpose: the run goes on, and says that it does not train this tensor, though it may decay."""
+def test_a_parameter_that_no_gradient_reaches_is_reported(decay, tmp_path, monkeypatch):
+    """A hook sets its gradient to zero: the run goes on and reports that this tensor is not trained, except by weight decay."""
     listen = master_weights.Masters.install_hooks
 
     def cut(self):

@@ -42,16 +42,16 @@ def test_it_is_silent_when(why, evaluations):
     assert overfit.detect(records(evaluations)) is None
 
 
-def test_a_run_that_got_worse_in_training_too_has_not_learnt_by_heart():
+def test_a_run_whose_training_loss_rose_too_is_not_overfit():
     assert overfit.detect(records([2.0, 1.6, 1.5, 1.7, 1.9], train=lambda step: 1 + step / 50)) is None
 
 
-def test_without_a_standard_error_nothing_is_said():
+def test_without_a_standard_error_nothing_is_reported():
     assert overfit.detect(records([2.0, 1.6, 1.5, 1.7, 1.9], stderr=None)) is None
     assert overfit.detect(records([2.0, 1.6, 1.5, 1.7, 1.9], stderr=math.nan)) is None
 
 
-def test_a_run_that_only_rose_says_that_no_model_is_better():
+def test_a_run_whose_loss_only_rose_reports_that_no_model_is_better():
     found = overfit.detect(records([1.5, 1.6, 1.8]))
     assert found is not None and found.step == 0 and "no trained model is better" in found.text
 
