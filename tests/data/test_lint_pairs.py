@@ -140,5 +140,5 @@ def test_preview_shows_the_prompt_once_and_each_answer(tmp_path, capsys):
     text = "".join(piece["text"] for piece in shown["pieces"])
     assert text.count("Why?") == 1 and "--- answer 2: rank 1, score 4.5\nNo." in text
     assert shown["known"].startswith("answer 2 > 1 = 3; ") and source["format"].startswith("ranking (prompt, answers, scores); ")
-    mask = [piece["text"] for piece in shown["pieces"] if piece["supervised"]]
-    assert [text[:3] for text in mask] == ["Bec", "No.", "So."]
+    supervised = [piece["text"] for piece in shown["pieces"] if piece["supervised"]]
+    assert [text[:3] for text in supervised] == ["Bec", "No.", "So."]
