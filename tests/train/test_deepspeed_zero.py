@@ -41,15 +41,17 @@ def records(run, kind, *keys):
     return [[record[key] for key in keys] for record in metrics_file.read(run / "metrics.jsonl") if record["kind"] == kind]
 
 
-@pytest.mark.parametrize("adaptation", ADAPTATIONS)
-def test_two_processes_with_shards_make_the_run_of_one(adaptation, tmp_path):
+@pytest.mark.parametrize(
+    ("adaptation", "launches"), [("lora", False), ("full", False), pytest.param("full", True, marks=pytest.mark.long)]
+)
+def test_two_processes_with_shards_make_the_run_of_one(adaptation, launches, tmp_path):
     pytest.importorskip("deepspeed")
     made = run_of(tmp_path, adaptation)
     tunesmith.train(made, out=tmp_path / "straight")
-    if adaptation == "lora":
+    if not launches:
         assert forked(made, tmp_path / "run", deepspeed=configuration(tmp_path)) == [0, 0]
-    else:  # one of the two by the command line, which must not print what DeepSpeed prints
-        code, out, err = launched(made, tmp_path, "--json", "--deepspeed", configuration(tmp_path))
+    else:  # the command line must not print what DeepSpeed prints
+        code, out, err = launched(made, tmp_path, "--json", "--deepspeed", configuration(tmp_path), fresh=True)
         assert code == 0 and json.loads(out)["steps"] == 6, err
         assert "DeepSpeed" not in err and "Warning" not in err, err
     straight, run = tmp_path / "straight", tmp_path / "run"

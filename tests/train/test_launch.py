@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import tunesmith
-from tests import processes
 from tests.runs import apart, killed_before, recipe, weights
 from tests.train.launching import launched, share_kernels
 from tunesmith import errors
@@ -20,6 +19,7 @@ from tunesmith.cli.main import main
 from tunesmith.runs import metrics_file
 from tunesmith.train import distributed, launch, process_watch, stop_signals
 from tunesmith.train.process_watch import Note
+from tunesmith.train.reproduce import reproduce
 
 FAILED = {"type": "DataError", "message": "row 7 is bad", "exit_code": 2, "time": 5.0}
 LOST = {"type": "ProcessLost", "message": "lost another", "exit_code": 3, "time": 4.0}
@@ -115,14 +115,14 @@ def test_a_run_may_go_on_with_another_number_of_processes(tmp_path, monkeypatch)
     assert evaluations(tmp_path / "run") == pytest.approx(evaluations(tmp_path / "straight"), abs=1e-6)
 
 
-@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.long)], ids=["forked", "fresh"])
-def run_of_two(request, tmp_path_factory):
-    """(folder with the launched run ``run``, its recipe, its output). ``fresh``: by new interpreters, as a user does."""
+@pytest.fixture(scope="module")
+def run_of_two(tmp_path_factory):
+    """(folder with the launched run ``run``, its recipe, its output). New interpreters run it, as a user's command does."""
     folder = tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
         made = shared_run(folder)
-        code, out, err = launched(made, folder, "--json", fresh=request.param)
+        code, out, err = launched(made, folder, "--json", fresh=True)
     assert code == 0, err
     return folder, made, json.loads(out), err
 
@@ -137,26 +137,13 @@ def test_two_launched_processes_make_the_run_of_one(run_of_two, tmp_path):
     assert outcome["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
 
 
-REPRODUCE = """
-import json, os, sys
-from pathlib import Path
-from tests.processes import fork_ranks
-fork_ranks()
-from tunesmith.train.reproduce import reproduce
-before = dict(os.environ)
-found = reproduce(*map(Path, sys.argv[1:]))
-print(json.dumps({"equal": found["equal"], "environment stays": dict(os.environ) == before}))
-"""
-
-
 def test_a_run_of_two_processes_is_reproduced_with_two(run_of_two, tmp_path):
     folder, *_ = run_of_two
     share_kernels()
-    words = [sys.executable, "-c", REPRODUCE, str(folder / "run"), str(tmp_path / "again")]
-    found = processes.run(words, cwd=processes.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert json.loads(found.stdout.splitlines()[-1]) == {"equal": True, "environment stays": True}
-    assert json.loads((tmp_path / "again" / "manifest.json").read_text())["processes"] == 2
+    before = dict(os.environ)
+    found = reproduce(folder / "run", tmp_path / "again")
+    assert dict(os.environ) == before, "the environment of the processes stays theirs"
+    assert found["equal"] and json.loads((tmp_path / "again" / "manifest.json").read_text())["processes"] == 2
 
 
 @pytest.mark.parametrize(
