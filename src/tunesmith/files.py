@@ -67,18 +67,26 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = _error_number(error)
-        if number in BROKEN:
-            raise DiskError(
-                f"{path} cannot be written: {os.strerror(number)}. Everything saved before is kept.\n"
-                "  Look at the disk, then type the same command again; add --resume to continue a training run."
-            ) from None
-        if number not in FULL:
+        named = disk_error(error, path)
+        if named is None:
             raise
-        raise DiskFullError(
-            f"no room left to write {path}: {os.strerror(number)}. Everything saved before is kept.\n"
-            "  Free some space, then type the same command again; add --resume to continue a training run."
-        ) from None
+        raise named from None
+
+
+def disk_error(error: Exception, path: Path | str) -> DiskError | None:
+    """Return the error that names ``path`` if ``error`` is that of a full or broken disk, else None."""
+    number = _error_number(error)
+    if number in BROKEN:
+        return DiskError(
+            f"{path} cannot be written: {os.strerror(number)}. Everything saved before is kept.\n"
+            "  Look at the disk, then type the same command again; add --resume to continue a training run."
+        )
+    if number not in FULL:
+        return None
+    return DiskFullError(
+        f"no room left to write {path}: {os.strerror(number)}. Everything saved before is kept.\n"
+        "  Free some space, then type the same command again; add --resume to continue a training run."
+    )
 
 
 def _error_number(error: Exception) -> int:

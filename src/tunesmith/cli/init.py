@@ -10,6 +10,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tunesmith import files
 from tunesmith.cli import options
 from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.errors import UserError
@@ -29,11 +30,10 @@ def init(
     """Write a commented recipe."""
     text = recipe_text(objective, adaptation, model, data)
     if out is not None:
+        if out.exists():
+            raise UserError(f"{out} exists already; name a new file with --out")
         try:
-            with out.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise UserError(f"{out} exists already; name a new file with --out") from None
+            files.replace_file(out, text.encode())
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}. Choose another --out") from None
         print_stderr(f"Wrote {out}. Next: tunesmith check {out}")

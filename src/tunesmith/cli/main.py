@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from tunesmith import __version__
+from tunesmith import __version__, files
 from tunesmith.cli import output
 from tunesmith.errors import TunesmithError, UserError
 
@@ -111,7 +111,10 @@ def main(argv: list[str] | None = None, report: Reporter = output.report_error) 
         return 2
     except (KeyboardInterrupt, typer.Abort):
         return report(KeyboardInterrupt("interrupted"), 130, as_json)
-    except Exception as error:  # noqa: BLE001 - every other exception is a bug in tunesmith
+    except Exception as error:  # noqa: BLE001 - every other exception is a bug in tunesmith, or a full disk
+        path = error.filename if isinstance(error, OSError) else None
+        if full := files.disk_error(error, path or "a file"):
+            return report(full, full.exit_code, as_json)
         return report(_bug_report(error, debug), 1, as_json)
 
 

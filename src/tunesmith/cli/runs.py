@@ -12,6 +12,7 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
+from tunesmith import files
 from tunesmith.cli import options
 from tunesmith.cli.output import columns, console, print_result, print_stderr
 from tunesmith.errors import NotReproduced, UserError
@@ -73,7 +74,7 @@ def compare_runs(
         "picture": str(out),
     }
     try:
-        out.write_bytes(charts.png(charts.compare(compare.losses(runs, by), by)))
+        files.replace_file(out, charts.png(charts.compare(compare.losses(runs, by), by)))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}. Name another file with --out") from None
     print_result(facts, as_json, lambda facts: _comparison(facts, compare.names(runs)))

@@ -210,14 +210,16 @@ def _write_report(
     """Write report.html, figures.json and mistakes.jsonl into ``folder``; return the report's path."""
     chosen = examples.select(answers, MISTAKES)["wrong"]
     mistakes = examples.with_rows(chosen, [source], opened.objective.traits.rows)
-    files.make_folder(folder)
-    (folder / "figures.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = "".join(json.dumps(mistake, ensure_ascii=False) + "\n" for mistake in mistakes)
-    (folder / "mistakes.jsonl").write_text(lines, encoding="utf-8")
     notes = [*opened.objective.notes]
     if rejected := metrics.get("bad_rows"):
         notes.append(f"{rejected} bad rows were left out")
     facts = {"command": shlex.join(sys.argv), "notes": notes, "data": source.label, "objective": opened.name}
     facts |= {key: metrics[key] for key in ("rows", "tokens", "tokens_per_second")}
     figures = {**metrics["details"], "loss": metrics["eval_loss"]}
-    return task_page.write(folder, title, figures, mistakes, facts, metrics["assessment"])
+    with files.new_folder(folder) as made:
+        content = json.dumps(metrics, ensure_ascii=False, indent=1)
+        (made / "figures.json").write_text(content, encoding="utf-8")
+        (made / "mistakes.jsonl").write_text(lines, encoding="utf-8")
+        page = task_page.write(made, title, figures, mistakes, facts, metrics["assessment"])
+    return folder / page.name

@@ -135,5 +135,5 @@ class Verdicts:
         }
         line = json.dumps({"key": key, **known}, ensure_ascii=False)
         files.make_folder(self.path.parent)
-        with self.path.open("a", encoding="utf-8") as file:
+        with files.naming_full_disk(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
