@@ -91,7 +91,7 @@ def test_a_base_model_that_is_not_finite_is_named_before_the_first_step(tmp_path
     tensors = load_file(file)
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"model-llama cannot be trained: 1 of \d+ tensors .*model.norm.weight: 1 of 32 values"):
+    with pytest.raises(ModelError, match=r"model-llama cannot be used: 1 of \d+ tensors .*model.norm.weight: 1 of 32 values"):
         tunesmith.train(made, out=tmp_path / "run")
 
 

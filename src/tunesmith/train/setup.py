@@ -26,7 +26,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.merge import merge_adapter
 from tunesmith.models.find.locate import Folder, code_files, locate
 from tunesmith.models.heads import lm_head, noise, value_head
-from tunesmith.models.load import compute_dtype, finite, head_loading, load, probe, quantization, vocabulary
+from tunesmith.models.load import compute_dtype, head_loading, load, probe, quantization, vocabulary
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
 from tunesmith.train import (
@@ -252,7 +252,6 @@ def build(setup: Setup, out: Path) -> Built:
     recipe, train, deterministic = setup.recipe, setup.recipe.train, setup.objective.traits.deterministic
     torch.manual_seed(recipe.seed)  # before adapters are made: their initial values are part of the run
     model = _load_network(setup, out)
-    finite.check_loaded(model, setup.model_folder.path)
     masters = Masters(model, setup.precision.compute)
     compute_dtype.cast(model, setup.precision.compute)
     dropout_notes = noise.switch_off(model) if deterministic else []

@@ -48,7 +48,7 @@ def check_loaded(model: PreTrainedModel, folder: Path) -> None:
     weights = dict(model.named_parameters())
     if counts := count_non_finite(weights):
         raise ModelError(
-            f"{folder} cannot be trained: {describe(counts, weights)}.\n"
+            f"{folder} cannot be used: {describe(counts, weights)}.\n"
             "  Copy or download the model again, or take an earlier checkpoint of the run that made it."
         )
 

@@ -24,6 +24,7 @@ from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import (
     dequantized_linear,
+    finite,
     head_loading,
     merge_weights,
     probe,
@@ -162,8 +163,8 @@ def load_model(
 
     A base model that was quantised while the adapter was trained is quantised again; an adapter is merged
     into its de-quantised weights. Raises ModelError naming every tensor that is missing, unexpected or of
-    another shape, when the base is not the model that the adapter was trained on, and when a file has changed
-    since it was saved (``saved_files``).
+    another shape, when the base is not the model that the adapter was trained on, when a file has changed
+    since it was saved (``saved_files``), and when a weight is not finite.
     """
     quiet()
     wanted = dtype or checkpoint_dtype(folder.network)
@@ -173,8 +174,11 @@ def load_model(
             if head_config is None:
                 head_config = record.head(folder.path).get("config")
             load_base = partial(_load_full, folder, head, head_config)
-            return _load_adapted(folder, load_base, wanted, adapter, trainable, load_kwargs).eval()
+            model = _load_adapted(folder, load_base, wanted, adapter, trainable, load_kwargs)
+            finite.check_loaded(model, folder.path)
+            return model.eval()
         model = _load_full(folder, head, head_config, wanted, load_kwargs)
+    finite.check_loaded(model, folder.path)
     for parameter in model.parameters():
         parameter.requires_grad_(trainable and parameter.is_floating_point())
     return model.eval()
