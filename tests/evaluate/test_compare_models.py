@@ -353,3 +353,22 @@ def test_a_killed_evaluation_goes_on_to_the_same_files(folder, tmp_path):
     assert main([*words, "--out", str(tmp_path / "parts")]) == 0
     files = [{one.name: one.read_bytes() for one in (tmp_path / name).iterdir()} for name in ("whole", "parts")]
     assert files[0] == files[1] and len(files[0]) == 5
+
+
+def test_macro_f1_is_compared_where_the_labels_are_the_same():
+    from tunesmith.metrics.sum_functions import macro_f1
+
+    def system(name, predicted, labels):
+        terms = {row: (2.0 * (row % 2 == 0 == p), 2.0 * (row % 2 == 1 == p), (row % 2 == 0) + (p == 0), (row % 2 == 1) + (p == 1))
+                 for row, p in enumerate(predicted)}  # fmt: skip
+        figures = {"eval_macro_f1": Figure(terms, True, macro_f1, labels)}
+        return System(name, "classify", "eval_macro_f1", figures, {}, False, {}, "")
+
+    worse, better = system("worse", [0] * 60, ("a", "b")), system("better", [0, 1] * 30, ("a", "b"))
+    assert compare_models._other_labels([worse, better]) == []
+    pair = compare_models._pair(worse, better)
+    found = pair["figures"]["eval_macro_f1"]
+    assert found["before"] == pytest.approx(1 / 3) and found["after"] == 1 and found["low"] > 0.5 and found["p"] < 0.001
+    other = system("other", [0, 1] * 30, ("b", "a"))
+    assert compare_models._other_labels([worse, other]) == ["the labels of the models differ, so macro f1 is not compared"]
+    assert compare_models._pair(worse, other)["figures"] == {}

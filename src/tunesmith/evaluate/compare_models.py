@@ -119,7 +119,7 @@ def compare(
                 chosen,
             )
         _decide_by(systems, [f"answer_{name}" for name in chosen] if task else [])
-    cautions = _drop_losses(systems)
+    cautions = [*_drop_losses(systems), *_other_labels(systems)]
     pairs = [_pair(first, second) for first, second in combinations(systems, 2)]
     _adjust(pairs, systems[0].decides)
     for one in pairs:
@@ -255,6 +255,21 @@ def _drop_losses(systems: Sequence[System]) -> list[str]:
                 "answer_rougeL" if "answer_rougeL" in system.figures else next(iter(system.figures))
             )
     return ["the tokenizers differ, so losses per token are left out"]
+
+
+def _other_labels(systems: Sequence[System]) -> list[str]:
+    """Return a sentence if figures are not compared because the systems have other labels."""
+    first = systems[0].figures
+    names = [
+        name
+        for name in first
+        if any(one.figures.get(name, first[name]).columns != first[name].columns for one in systems)
+    ]
+    return (
+        [f"the labels of the models differ, so {' and '.join(map(label, names))} is not compared"]
+        if names
+        else []
+    )
 
 
 def _own_figures(system: System) -> JsonObject:

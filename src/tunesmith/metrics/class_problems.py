@@ -14,7 +14,7 @@ import numpy as np
 
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import classes
-from tunesmith.metrics.intervals import Place, RowFigure
+from tunesmith.metrics.intervals import MOST_TERMS, Place, RowFigure
 
 FIGURES = (
     "eval_loss", "eval_accuracy", "eval_macro_f1", "eval_micro_f1", "eval_calibration_error",
@@ -123,11 +123,10 @@ def _single_by_row(
     targets: np.ndarray, scores: np.ndarray, names: Sequence[str], threshold: float
 ) -> Figures:
     gold, predicted = targets[:, 0].astype(int), scores.argmax(axis=1)
-    right = Terms.mean(gold == predicted)
-    of_classes = np.eye(len(names))[gold], np.eye(len(names))[predicted]
+    right, one_hot = Terms.mean(gold == predicted), np.eye(len(names), dtype=bool)
     return {
         "accuracy": right,
-        "macro_f1": _f1_terms(*of_classes, names, "macro_f1"),
+        **_macro_f1(one_hot[gold], one_hot[predicted], names, "macro_f1"),
         "micro_f1": right,
         "calibration_error": calibration_terms(scores.max(axis=1), gold == predicted),
     }
@@ -138,14 +137,18 @@ def _multi_by_row(targets: np.ndarray, scores: np.ndarray, names: Sequence[str],
     hits, marks = (gold & predicted).sum(axis=1), gold.sum(axis=1) + predicted.sum(axis=1)
     return {
         "micro_f1": Terms(np.stack([2 * hits, marks], axis=1)),
-        "macro_f1": _f1_terms(gold.astype(float), predicted.astype(float), names, "macro_f1_of_all"),
+        **_macro_f1(gold, predicted, names, "macro_f1_of_all"),
         "exact_match": Terms.mean((gold == predicted).all(axis=1)),
         "calibration_error": calibration_terms(scores, gold),
     }
 
 
-def _f1_terms(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str], function: str) -> Terms:
-    return Terms(np.concatenate([2 * gold * predicted, gold + predicted], axis=1), function, tuple(names))
+def _macro_f1(gold: np.ndarray, predicted: np.ndarray, names: Sequence[str], function: str) -> Figures:
+    """``gold`` and ``predicted``: bool (n, k). Return no figure where the terms would take much memory."""
+    if 2 * gold.size > MOST_TERMS:
+        return {}
+    terms = np.concatenate([2.0 * (gold & predicted), gold.astype(float) + predicted], axis=1)
+    return {"macro_f1": Terms(terms, function, tuple(names))}
 
 
 def f1_of_each(macro_f1: RowFigure | None) -> dict[str, RowFigure]:

@@ -23,7 +23,7 @@ LEVEL = 0.95
 MOST_DRAWS, FEWEST_DRAWS = 1000, 200
 DRAWN_ROWS = 4_000_000
 """Rows drawn for one interval. Larger sets get fewer draws (at least ``FEWEST_DRAWS``), to bound the time."""
-MOST_TERMS = 20_000_000
+MOST_TERMS = 4_000_000
 """Rows times terms of a row. A figure with more, such as the macro F1 of thousands of classes, has no interval."""
 
 Place = tuple[int, int]
