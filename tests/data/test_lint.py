@@ -167,3 +167,13 @@ def test_lint_check_and_train_name_the_same_row_first(name, tmp_path, capsys):
         assert main(words) == 2
         said = "".join(capsys.readouterr())
         assert re.search(r"rows\.jsonl:(\d+):", said)[1] == str(first), (words, said)
+
+
+def test_what_a_file_that_cannot_be_read_leads_to_is_not_listed(tmp_path):
+    """Such as that there are no labels: the file alone is to be mended."""
+    from tunesmith.data.rows import Labelled
+    from tunesmith.objectives import classify
+
+    path = write(tmp_path, "a.tsv", b"I waited all day.\t25\tx1\nGood.\t7\tx2\n")
+    (problem,) = lint([Source(path=path)], (), (Labelled,), None, classify.Objective(classify.Config())).problems
+    assert "does not look like column names" in str(problem)

@@ -120,12 +120,12 @@ def lint(
     """
     renderer = Renderer(tokenizer) if tokenizer is not None and tokenizer.chat_template else None
     report = LintReport()
+    refusal: DataError | None = None
     if objective is not None and train and not any(source.streaming for source in train):
         try:
             objective.scan(_scanned(train, accepted))
         except DataError as error:
-            report.problems.append(RowProblem(train[0].label, 0, "file", "", str(error), "", fatal=True))
-            objective = None
+            refusal, objective = error, None
     first_pairs: dict[bytes, str] = {}  # (prompt, better, worse) -> where it was read first
     first_labels: dict[bytes, str] = {}  # (prompt, response, label) -> the same
     first_trained: dict[int, str] = {}  # digest of a training row -> the same
@@ -166,6 +166,10 @@ def lint(
         if role == "train":
             first_trained = first_in_file | first_trained
         report.files.append(file)
+    if refusal is not None and not any(problem.fatal for problem in report.problems):
+        # last, as in training: it may be no more than what the bad rows above lead to
+        text = f"Without these rows, {refusal}" if report.problems else str(refusal)
+        report.problems.append(RowProblem(train[0].label, 0, "file", "", text, "", fatal=True))
     return report
 
 
