@@ -2,21 +2,37 @@
 killed goes on bit for bit. A new objective is its row in ``tests/matrix/cells.py`` and ``tests/runs.py``."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 
 import tunesmith
 from tests.matrix.cells import OBJECTIVES
-from tests.numeric.test_invariance import SPLITS, assert_no_split_matters, in_two_processes, same_run
+from tests.numeric.test_invariance import (
+    ADAPTATIONS,
+    DRAWN_AND_RECOMPUTED,
+    OTHERS,
+    SPLITS,
+    assert_no_split_matters,
+    in_two_processes,
+    same_run,
+)
 from tests.runs import apart, history, killed_before, recipe, weights
+from tests.shortened import shortened
 from tunesmith import objectives
+
+WINDOWED = {"qa": {"type": "qa", "window": 32, "stride": 4, "max_answer_tokens": 6}}
+"""Objectives whose rows become several windows."""
+ADAPTED = {"sft": ADAPTATIONS["lora-dropout"], "cpt": "full", "classify": OTHERS["bottleneck"]}
+"""Adaptations of the objectives; the others train a LoRA without dropout."""
+DRAWN = {"sft": DRAWN_AND_RECOMPUTED}
 
 
 def made_of(objective, folder, **train):
     """A run that evaluates on its own rows."""
-    made = recipe(
-        folder, "llama", OBJECTIVES[objective], {"type": "lora", "r": 4}, learning_rate=1e-3, optim_args={"eps": 1e-3}, **train
-    )
+    settings = {"learning_rate": 1e-3, "optim_args": {"eps": 1e-3}, **DRAWN.get(objective, {}), **train}
+    of = WINDOWED.get(objective, OBJECTIVES[objective])
+    made = recipe(folder, "llama", of, ADAPTED.get(objective, ADAPTATIONS["lora"]), **settings)
     made["data"]["eval"] = {"path": str(folder / "rows.jsonl")}
     return made
 
@@ -47,11 +63,17 @@ def test_any_split_makes_the_same_gradients_and_evaluation(objective, tmp_path):
     assert_no_split_matters(made_of(objective, tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("objective", ["sft", *(name for name in OBJECTIVES if name not in BY_GRADIENTS)])
-def test_any_split_of_a_run_makes_the_same_update_and_evaluation(objective, whole, tmp_path):
+BY_RUNS = ("sft", *(name for name in OBJECTIVES if name not in BY_GRADIENTS))
+EXTREMES = (SPLITS[0], SPLITS[-1])
+
+
+@pytest.mark.parametrize(
+    ("objective", "splits"), shortened(product(BY_RUNS, (EXTREMES, SPLITS)), [*product(BY_RUNS, (EXTREMES,))])
+)
+def test_any_split_of_a_run_makes_the_same_update_and_evaluation(objective, splits, whole, tmp_path):
     made, _, straight = whole(objective)
     figure, _ = traits_of(objective).best
-    for number, split in enumerate(SPLITS):
+    for number, split in enumerate(splits):
         other = tunesmith.train({**made, "train": {**made["train"], **split}}, out=tmp_path / str(number))
         assert apart(weights(straight["model_dir"]), weights(other["model_dir"])) <= 1e-6, split
         for name in (f"{figure}_before", figure):

@@ -13,6 +13,7 @@ import torch
 import tunesmith
 from tests import processes
 from tests.runs import apart, model_folder, recipe, weights
+from tests.shortened import shortened
 from tests.tiny import TINY
 from tunesmith.recipe import parse
 from tunesmith.runs import metrics_file
@@ -90,16 +91,25 @@ def assert_no_split_matters(made, folder):
 
 
 CELLS = [*product(TINY, ADAPTATIONS), *product(("llama", "gpt2", "mistral"), OTHERS)]
+SHORT = [
+    *product(TINY, ["lora-dropout"]),
+    *product(["llama", "gpt2", "gemma3"], ["full"]),
+    *product(["llama", "mistral"], ["lora"]),
+    *product(["llama"], OTHERS),
+    *product(["gpt2"], ["bottleneck", "projected", "ia3"]),
+    *product(["mistral"], ["qlora", "prefix", "prompt"]),
+]
+"""Every architecture and every adaptation, packed and padded."""
 
 
-@pytest.mark.parametrize(("name", "adaptation"), CELLS, ids=["-".join(cell) for cell in CELLS])
+@pytest.mark.parametrize(("name", "adaptation"), shortened(CELLS, SHORT))
 def test_any_split_makes_the_same_gradients_and_evaluation(name, adaptation, tmp_path):
     needs_bitsandbytes(adaptation)
     chosen = {**ADAPTATIONS, **OTHERS}[adaptation]
     assert_no_split_matters(recipe(tmp_path, name, "sft", chosen, learning_rate=1e-3, optim_args={"eps": 1e-3}), tmp_path)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", shortened(TINY, ["qwen3", "gpt2", "gemma3"]))
 def test_any_split_of_documents_makes_the_same_gradients_and_evaluation(name, tmp_path):
     made = recipe(tmp_path, name, "cpt", ADAPTATIONS["lora-dropout"], learning_rate=1e-3, optim_args={"eps": 1e-3})
     assert_no_split_matters(made, tmp_path)
@@ -119,8 +129,13 @@ def test_model_dropout_makes_the_same_gradients_for_any_split(tmp_path):
 DRAWN_AND_RECOMPUTED = {"neftune_noise_alpha": 5.0, "gradient_checkpointing": True}
 
 
-@pytest.mark.parametrize("adaptation", ["lora-dropout", "bottleneck", "prefix", "prompt"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+NOISED = [*product(["llama", "gpt2"], ["lora-dropout", "bottleneck", "prefix", "prompt"])]
+
+
+@pytest.mark.parametrize(
+    ("name", "adaptation"),
+    shortened(NOISED, [("llama", "lora-dropout"), ("gpt2", "bottleneck"), ("gpt2", "prefix"), ("llama", "prompt")]),
+)
 def test_noise_on_the_embeddings_and_recomputed_layers_make_the_same_gradients_for_any_split(name, adaptation, tmp_path):
     model_folder(tmp_path, name, **({"resid_pdrop": 0.2, "embd_pdrop": 0.1} if name == "gpt2" else {}))
     chosen = {**ADAPTATIONS, **OTHERS}[adaptation]
@@ -156,7 +171,9 @@ def same_run(one, other, deciding="eval_loss"):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), other.name
 
 
+@pytest.mark.long
 def test_two_processes_make_the_update_of_one(tmp_path):
+    """With every adaptation; ``test_every_objective`` has three of them."""
     chosen = {"full": ("full", {}), "lora": (ADAPTATIONS["lora-dropout"], DRAWN_AND_RECOMPUTED)}
     chosen |= {name: (adaptation, {}) for name, adaptation in OTHERS.items() if name != "qlora" or find_spec("bitsandbytes")}
     runs = {}

@@ -1,11 +1,13 @@
 """Eight rows are learnt by heart, and generation stops exactly where they end."""
 
 import json
+from itertools import product
 
 import pytest
 
 import tunesmith
 from tests.runs import ANSWERS, documents
+from tests.shortened import shortened
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ADAPTATIONS = {"full": ("full", 1e-2), "lora": ({"type": "lora", "r": 16, "lora_alpha": 32}, 3e-2)}
@@ -27,21 +29,26 @@ most five in 600 steps, so that they are asked for one. Not among them: a prefix
 answer begins; and prompt tuning, whose loss for one answer stays at 4.5 (llama) and 5.7 (gpt2) in 300 steps, where 6.2 is chance."""
 
 
-@pytest.mark.parametrize(("adaptation", "pad_is_eos"), [("full", False), ("lora", True)], ids=["full-own-pad", "lora-pad-is-eos"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma"])
-def test_eight_answers_are_memorised_and_stopped(name, adaptation, pad_is_eos, tmp_path):
-    assert_memorised(ANSWERS, name, *ADAPTATIONS[adaptation], tmp_path, pad_is_eos, steps=100)
+@pytest.mark.parametrize(
+    ("name", "adaptation"),
+    shortened(product(["llama", "gpt2", "qwen3", "gemma"], ADAPTATIONS), [("llama", "full"), ("gemma", "lora")]),
+)
+def test_eight_answers_are_memorised_and_stopped(name, adaptation, tmp_path):
+    """Where a LoRA is trained, the padding token is the end token."""
+    assert_memorised(ANSWERS, name, *ADAPTATIONS[adaptation], tmp_path, pad_is_eos=adaptation == "lora", steps=100)
 
 
-@pytest.mark.parametrize("adaptation", OTHERS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+ONE_OF_EACH = [("gpt2", "features"), ("llama", "head"), ("mistral", "qlora"), ("llama", "bottleneck")]
+
+
+@pytest.mark.parametrize(("name", "adaptation"), shortened(product(["llama", "gpt2", "mistral"], OTHERS), ONE_OF_EACH))
 def test_eight_answers_are_memorised_by_every_adaptation_that_has_room_for_them(name, adaptation, tmp_path):
     if adaptation == "qlora":
         pytest.importorskip("bitsandbytes")
     assert_memorised(ANSWERS, name, *OTHERS[adaptation], tmp_path)
 
 
-@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("case", shortened(FEW, ["llama-prefix", "gpt2-ia3"]))
 def test_one_answer_is_memorised_by_the_others(case, tmp_path):
     assert_memorised(ANSWERS[5:6], case.partition("-")[0], *FEW[case], tmp_path)
 

@@ -46,14 +46,14 @@ for folder, base, target in json.loads(sys.argv[1]):
     for number, ids in enumerate(%s):
         ids = torch.tensor([ids])
         found[f"logits{number}"] = model(input_ids=ids).logits.detach().float()
-        found[f"greedy{number}"] = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False)
+        found[f"greedy{number}"] = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, min_new_tokens=24, do_sample=False)
     save_file({name: value.contiguous() for name, value in found.items()}, target)
 assert "tunesmith" not in sys.modules
 """ % json.dumps(IDS)  # noqa: UP031
 
 
 def in_memory(model):
-    """Logits and 64 greedy tokens of the model that was trained."""
+    """Logits and 24 greedy tokens of the model that was trained."""
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     inner.set_attn_implementation("sdpa")
     model.eval()
@@ -63,7 +63,7 @@ def in_memory(model):
         with torch.no_grad():
             found[f"logits{number}"] = model(input_ids=given).logits
         found[f"greedy{number}"] = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=64, min_new_tokens=64, do_sample=False
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=24, min_new_tokens=24, do_sample=False
         )
     return found
 

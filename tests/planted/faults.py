@@ -444,7 +444,7 @@ FAULTS = [
         "models/heads/value_head.py",
         "    head.load_state_dict(stored)\n",
         "    pass\n",
-        "tests/objectives/test_ppo.py -k value_head tests/models/test_value_head.py",
+        "tests/objectives/test_ppo.py -k value_head_is",
     ),
     # ---- generation
     Fault(
@@ -453,7 +453,7 @@ FAULTS = [
         "models/generate/sampling.py",
         'name = f"{seed} {prompt}" if sample == 0 else f"{seed} {prompt} {sample}"',
         'name = f"{seed} {prompt}"',
-        "tests/models/test_engine.py tests/models/test_sampling.py",
+        "tests/models/test_engine.py -k share_its_prefill",
     ),
     Fault(
         "stop-string-in-the-answer",
