@@ -82,7 +82,8 @@ static void swap_axes(const float *x, i64 x_wide, float *y, i64 y_wide, i64 rows
 }
 /* The largest of each row of logits (rows, vocabulary), the first of several, and log(sum(exp(row))). */
 void largest_and_logsumexp(const float *logits, i64 *largest, float *logsumexp, i64 rows, i64 vocabulary) {
-    PARALLEL EACH(r, rows) {
+    PRAGMA(omp parallel for schedule(static) if (rows > 1))
+    EACH(r, rows) {
         const float *row = logits + r * vocabulary;
         float top = -INFINITY, sum = 0.0f;
         i64 at = 0;
@@ -106,15 +107,21 @@ void pack_panels(const float *w, uint32_t *panels, i64 outputs, i64 in, i64 *exa
     int lost = 0;
     PRAGMA(omp parallel for schedule(static) reduction(| : lost))
     EACH(p, count) {
+        float tile[16 * PANEL];
         uint32_t lower = 0, *to = panels + p * LANES * in;
+        i64 rows = outputs - p * PANEL < PANEL ? outputs - p * PANEL : PANEL;
         if (lost) continue;
-        for (i64 start = 0; start < in; start += 16) EACH(j, LANES) {
-            i64 first = p * PANEL + j, second = first + LANES, end = start + 16 < in ? start + 16 : in;
-            RANGE(k, start, end) {
-                uint32_t low = first < outputs ? float_to_bits(w[first * in + k]) : 0;
-                uint32_t high = second < outputs ? float_to_bits(w[second * in + k]) : 0;
-                lower |= (low | high) & 0xFFFFu;
-                to[k * LANES + j] = low >> 16 | (high & 0xFFFF0000u);
+        memset(tile, 0, sizeof(tile));
+        for (i64 start = 0; start < in; start += 16) {
+            i64 some = in - start < 16 ? in - start : 16;
+            swap_axes(w + p * PANEL * in + start, in, tile, PANEL, rows, some);
+            EACH(k, some) {
+                VI low, high;
+                memcpy(&low, tile + k * PANEL, sizeof(VI));
+                memcpy(&high, tile + k * PANEL + LANES, sizeof(VI));
+                VI both = low >> 16 | (high & 0xFFFF0000u), rest = (low | high) & 0xFFFFu;
+                memcpy(to + (start + k) * LANES, &both, sizeof(VI));
+                EACH(j, LANES) lower |= rest[j];
             }
         }
         lost |= lower != 0;
