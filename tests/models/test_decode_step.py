@@ -121,7 +121,7 @@ def test_threads_share_a_step(rows: int, copies: bool) -> None:
             found.append(step(torch.arange(7, 7 + rows), run.cache))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.allclose(logits, found[0], atol=0 if copies else 1e-6, rtol=0) for logits in found)
+    assert all(torch.allclose(logits, found[0], atol=0 if copies else 1e-5, rtol=0) for logits in found)
 
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}

@@ -98,6 +98,7 @@ void largest_and_logsumexp(const float *logits, i64 *largest, float *logsumexp, 
  * halves of 32-bit numbers. TALL: rows that are multiplied by a panel at a time. */
 #define PANEL (2 * LANES)
 #define TALL (LANES == 16 ? 12 : 6)
+#define GROUP (8 * TALL) /* rows whose outputs are transposed at once */
 #define AHEAD 2048 /* numbers of a panel that are fetched before they are needed */
 
 /* w (outputs, in) -> panels of bf16, the last one padded with zeros, where nothing is lost: if the lower half of a
@@ -191,24 +192,29 @@ INLINE void F(multiply_panel)(const W *panel, i64 in, const float *x, float *y, 
     UNROLL for (int r = 0; r < rows; r++) memcpy(y + r * PANEL, sums[0][r], sizeof(sums[0][r]));
 }
 
+/* y (wide, PANEL) = x (wide, in) times one panel, in tiles of about equal height. Tiles of four rows wait for their
+ * additions; five and three rows take less time than twice four. */
+static void F(panel_rows)(const W *panel, i64 in, const float *x, i64 wide, float *y) {
+    i64 tiles = (wide + TALL - 1) / TALL, tall = (wide + tiles - 1) / tiles;
+    if (tall == 4 && tiles > 1) tall = 5;
+#define ROWS(rows, steps) case rows: F(multiply_panel)(panel, in, x + r * in, y + r * PANEL, rows, steps); break;
+    for (i64 r = 0; r < wide; r += tall) switch (r + tall < wide ? tall : wide - r) {
+        ROWS(1, 4) ROWS(2, 2) ROWS(3, 2) ROWS(4, 1) ROWS(5, 1)
+#if LANES == 16
+        ROWS(6, 1) ROWS(7, 1) ROWS(8, 1) ROWS(9, 1) ROWS(10, 1) ROWS(11, 1)
+#endif
+        default: F(multiply_panel)(panel, in, x + r * in, y + r * PANEL, TALL, 1);
+    }
+#undef ROWS
+}
+
 /* out (count, wide) = w x^T for the panels of `count` outputs and x (wide, in). */
 static void F(dots)(const W *w, i64 in, i64 count, const float *x, i64 wide, float *out) {
-    i64 tiles = (wide + TALL - 1) / TALL, tall = (wide + tiles - 1) / tiles;
-    float tile[TALL * PANEL];
-    for (i64 i = 0; i < count; i += PANEL) for (i64 r = 0; r < wide; r += tall) {
-        i64 rows = r + tall < wide ? tall : wide - r;
-        const W *panel = w + i * in;
-        const float *inputs = x + r * in;
-#define ROWS(rows, steps) case rows: F(multiply_panel)(panel, in, inputs, tile, rows, steps); break;
-        switch (rows) {
-            ROWS(1, 4) ROWS(2, 2) ROWS(3, 2) ROWS(4, 1) ROWS(5, 1)
-#if LANES == 16
-            ROWS(6, 1) ROWS(7, 1) ROWS(8, 1) ROWS(9, 1) ROWS(10, 1) ROWS(11, 1)
-#endif
-            default: F(multiply_panel)(panel, in, inputs, tile, TALL, 1);
-        }
-#undef ROWS
-        swap_axes(tile, PANEL, out + i * wide + r, wide, rows, count - i < PANEL ? count - i : PANEL);
+    float y[GROUP * PANEL];
+    for (i64 i = 0; i < count; i += PANEL) for (i64 r = 0; r < wide; r += GROUP) {
+        i64 rows = wide - r < GROUP ? wide - r : GROUP;
+        F(panel_rows)(w + i * in, in, x + r * in, rows, y);
+        swap_axes(y, PANEL, out + i * wide + r, wide, rows, count - i < PANEL ? count - i : PANEL);
     }
 }
 
