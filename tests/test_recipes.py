@@ -43,7 +43,7 @@ def run_all():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny("llama", tmp_path_factory.mktemp("model") / "tiny")
+    return save_tiny("llama", tmp_path_factory.mktemp("model") / "tiny", max_position_embeddings=4096)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

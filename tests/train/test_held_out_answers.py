@@ -151,3 +151,16 @@ def test_a_function_of_the_user_measures_and_what_it_raises_stops_the_run(tmp_pa
     made["train"]["metric_for_best_model"] = None
     with pytest.raises(MetricError, match=r"held_out_metric:broken failed \(held_out_metric.py, line 5\): ValueError: no"):
         tunesmith.train(made, out=tmp_path / "broken")
+
+
+def test_prompts_that_fill_the_window_are_left_out_and_counted(tmp_path):
+    made = made_recipe(tmp_path)
+    long = [{"prompt": "what is the " * 400, "completion": " x"}, *rows(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    made["objective"] = {"type": "sft", "overlong": "truncate"}
+    made["data"]["max_unlearnable"] = 1
+    made["data"]["eval"]["generate"]["rows"] = 20
+    made["train"]["max_steps"] = 1
+    tunesmith.train(made, out=tmp_path / "run")
+    notes = json.loads((tmp_path / "run" / "manifest.json").read_text())["notes"]
+    assert "data.eval.generate: 1 held-out prompts fill the model's window and are not answered" in notes

@@ -39,6 +39,15 @@ class HeldOutPrompts:
     places: tuple[Place, ...]
     requests: tuple[Request, ...]
     metrics: dict[str, AnswerMetric]
+    left_out: int = 0
+    """Prompts that fill the model's window."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Decisions that the recipe does not show, to be printed once."""
+        if not self.left_out:
+            return []
+        return [f"{KEY}: {self.left_out:,} held-out prompts fill the model's window and are not answered"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +93,8 @@ def choose(
 ) -> HeldOutPrompts | None:
     """Choose the prompts by a hash of their rows, as ``evaluate`` does, and read them from the files again.
 
-    None if the recipe asks for no answers. Raises UserError for a metric that cannot be used, rows without a
-    prompt, and a prompt that fills the ``window``.
+    None if the recipe asks for no answers. Prompts that fill the ``window`` are left out. Raises UserError for a
+    metric that cannot be used, for rows without a prompt, and if no prompt has room for an answer.
     """
     config, held_out = recipe.generate, data.eval
     if config is None or held_out is None:
@@ -103,19 +112,22 @@ def choose(
         if of_source:
             file = prompts.open_prompts(source, data.kinds)
             found += [((number, one.row), one) for one in prompts.ChosenPrompts(file, of_source)]
-    _check_references([one for _, one in found], metrics)
     params = SamplingParams(max_new_tokens=config.max_new_tokens)
-    requests = []
-    for number, ((source_number, _), one) in enumerate(found):
+    answerable: list[tuple[Place, AskedPrompt]] = []
+    requests: list[Request] = []
+    for place, one in found:
         ids = decode.prompt_ids(one.prompt, tokenizer, None, False)
-        if not ids or (window is not None and len(ids) >= window):
-            raise DataError(
-                f"{KEY}: the prompt of {sources[source_number].label}:{one.row} has {len(ids):,} tokens, and the model's "
-                f"window is {window}: there is no room for an answer.\n  Shorten the row, or leave {KEY} out."
-            )
-        requests.append(Request(tuple(ids), params, number))
-    asked, chosen = tuple(one for _, one in found), tuple(place for place, _ in found)
-    return HeldOutPrompts(asked, chosen, tuple(requests), metrics)
+        if ids and (window is None or len(ids) < window):
+            requests.append(Request(tuple(ids), params, len(requests)))
+            answerable.append((place, one))
+    if found and not answerable:
+        raise DataError(
+            f"{KEY}: all {len(found)} held-out prompts fill the model's window of {window} tokens: there is no room for an "
+            f"answer.\n  Shorten the rows, or leave {KEY} out."
+        )
+    _check_references([one for _, one in answerable], metrics)
+    asked, chosen = tuple(one for _, one in answerable), tuple(place for place, _ in answerable)
+    return HeldOutPrompts(asked, chosen, tuple(requests), metrics, len(found) - len(answerable))
 
 
 def _check_references(asked: Sequence[AskedPrompt], metrics: Mapping[str, AnswerMetric]) -> None:

@@ -198,7 +198,8 @@ def _open(
     )  # fmt: skip
     if main and ready.objective.traits.head == "lm":
         run.prompts = samples.prompts(ready.recipe.samples, ready.data.eval, ready.tokenizer)
-    for line in [*built.notes, outcome.parameters_line(ready), outcome.precision_line(ready)]:
+    answer_notes = ready.prompts.notes if ready.prompts else []
+    for line in [*built.notes, *answer_notes, outcome.parameters_line(ready), outcome.precision_line(ready)]:
         progress.note(line)
     return run, built
 
