@@ -152,6 +152,22 @@ def test_verdicts_for_the_first_place_are_ties(monkeypatch, systems, tmp_path):
     assert one["ties"] == 40 and one["winner"] is None and "no difference was seen" in one["verdict"]
 
 
+def test_several_comparisons_are_corrected_for_their_number(monkeypatch, tmp_path):
+    """27 wins of 40 are evidence (p = 0.04) where two systems are compared, and none where three are."""
+    limits = {"ab": 27, "ac": 20, "bc": 20}
+
+    def by_row(pair):
+        earlier, later = sorted((pair.first[0], pair.second[0]))
+        better = later if int(pair.prompt.split()[1]) <= limits[earlier + later] else earlier
+        return float(pair.first[0] == better)
+
+    files = [answer_file(tmp_path / f"{letter}.jsonl", lambda row, letter=letter: f"{letter} {row}") for letter in "abc"]
+    for number, winner in ((2, files[1]), (3, None)):
+        result, _ = judged(monkeypatch, files[:number], by_row, tmp_path / str(number))
+        one = result["comparisons"][0]
+        assert (one["wins"], one["losses"]) == (27, 13) and one["winner"] == winner, one["p"]
+
+
 def test_longer_answers_of_equal_quality_do_not_win(monkeypatch, tmp_path):
     draw = random.Random(1)
     lengths = [[draw.randrange(3, 12) for _ in range(41)] for _ in range(2)]

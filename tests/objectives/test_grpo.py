@@ -12,6 +12,7 @@ import torch
 import tunesmith
 from tests.rollout.sampling import made
 from tests.runs import history
+from tests.shortened import shortened
 from tests.tiny import tiny_model
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import RecipeError
@@ -164,10 +165,10 @@ def test_entropy_is_that_of_the_whole_distribution(temperature, plain):
     assert torch.allclose(logps, everything.log_prob(batch["labels"]), atol=1e-5)
 
 
-@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
-def test_a_policy_learns_a_rule(tmp_path_factory, advantage):
-    """Answers of few characters: the mean reward rises by three standard errors with each of three seeds, and the KL is bounded."""
-    for seed in range(3):
+@pytest.mark.parametrize(("advantage", "seeds"), shortened([("grpo", 1), ("grpo", 3), ("rloo", 3)], [("grpo", 1)]))
+def test_a_policy_learns_a_rule(tmp_path_factory, advantage, seeds):
+    """Answers of few characters: the mean reward rises by three standard errors with each seed, and the KL is bounded."""
+    for seed in range(seeds):
         folder = tmp_path_factory.mktemp(f"{advantage}-{seed}")
         recipe = made(
             folder, advantage=advantage, num_generations=8, rollout_batch_size=8, update_epochs=2, max_new_tokens=8, beta=0.02,

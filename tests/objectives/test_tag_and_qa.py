@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 
 import tunesmith
+from tests.numeric.test_invariance import assert_no_split_matters, in_two_processes, same_run
 from tests.runs import apart, history, killed_before, model_folder, questions, recipe, tagged, weights
+from tests.shortened import shortened
 from tests.tiny import ENCODERS
 from tunesmith.data.batch.pack import PADDED
 from tunesmith.data.rows import Question, Tagged
@@ -134,27 +136,17 @@ def same_as(expected, objective, network, examples):
             assert float((one - other).abs().max()) <= 2e-6 * max(1.0, float(other.abs().max()))
 
 
-SPLITS = [{"micro_batch_tokens": 1}, {"packing": "off", "micro_batch_tokens": 50}]
-
-
 @pytest.mark.parametrize(("name", "what"), [("bert", "tag"), ("llama", "label_all"), ("roberta", "qa")])
-def test_any_split_makes_the_same_update_and_figures(name, what, tmp_path):
+def test_any_split_makes_the_same_gradients_and_figures(name, what, tmp_path):
     objective, settings = WINDOWED[what]
     model_folder(tmp_path, name, **({"hidden_dropout_prob": 0.2} if name in ENCODERS else {}))
     adaptation = "full" if name in ENCODERS else {"type": "lora", "r": 4, "lora_dropout": 0.3}
-    run = recipe(tmp_path, name, objective, adaptation, learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **settings)
-    run["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
-    first = tunesmith.train(run, out=tmp_path / "whole")
-    for number, split in enumerate(SPLITS):
-        other = tunesmith.train({**run, "train": {**run["train"], **split}}, out=tmp_path / str(number))
-        assert apart(weights(first["model_dir"]), weights(other["model_dir"])) <= 1e-6, split
-        for figure in first["figures"]:
-            assert other[figure] == pytest.approx(first[figure], abs=1e-6), (split, figure)
+    run = recipe(tmp_path, name, objective, adaptation, learning_rate=1e-3, optim_args={"eps": 1e-3}, **settings)
+    assert_no_split_matters(run, tmp_path)
 
 
+@pytest.mark.long
 def test_two_processes_make_the_update_of_one(tmp_path):
-    from tests.numeric.test_invariance import in_two_processes, same_run
-
     """Windows of a row on different processes, and the dropout of bottleneck adapters."""
     bottleneck = {"type": "bottleneck", "bottleneck_size": 4, "variant": "houlsby", "dropout": 0.3}
     runs = {}
@@ -185,7 +177,10 @@ def test_killed_and_resumed_it_is_the_same_run(name, what, tmp_path):
     assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize(("name", "what"), [("bert", "qa"), ("roberta", "tag"), ("llama", "label_all"), ("gpt2", "qa")])
+MEMORISED = [("bert", "qa"), ("roberta", "tag"), ("llama", "label_all"), ("gpt2", "qa")]
+
+
+@pytest.mark.parametrize(("name", "what"), shortened(MEMORISED, [("bert", "qa"), ("llama", "label_all")]))
 def test_eight_rows_are_memorised(name, what, tmp_path):
     objective, settings = WINDOWED[what]
     run = recipe(
