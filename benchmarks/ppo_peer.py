@@ -101,7 +101,7 @@ def main() -> None:
         )
         for _ in range(2)
     )
-    value = inject_adapter_in_model(LoraConfig(task_type="SEQ_CLS", exclude_modules=["score"], **lora), value)
+    value = inject_adapter_in_model(LoraConfig(task_type="SEQ_CLS", **lora), value)
     value.score.requires_grad_(True)
     reward.requires_grad_(False)
     clock = Clock()
