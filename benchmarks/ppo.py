@@ -186,8 +186,8 @@ def main() -> None:
         known = json.loads(RESULTS.read_text("utf-8"))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        reward = fresh(sys.executable, __file__, "--reward", str(folder / "reward"))["path"]
-        merged = folder / "reward" / "merged"
+        reward = fresh(sys.executable, __file__, "--reward", str(folder / "judge"))["path"]
+        merged = folder / "judge" / "merged"
         common = {
             "model": str(locate(MODEL).path), "adapter": reward, "reward": str(merged if merged.is_dir() else locate(MODEL).path),
             "prompts": prompts(options.answers * options.iterations), "answers": options.answers, "max_new_tokens": options.new_tokens,
