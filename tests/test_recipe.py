@@ -32,6 +32,12 @@ def test_every_recipe_loads_and_repeats_when_resolved(path):
     assert loaded.model in recipe.brief(loaded)
 
 
+def test_rewards_are_shown_as_the_recipe_has_them():
+    items = [{"type": "length", "max": 30, "unit": "words"}, {"type": "final_stop", "weight": 0.5}]
+    built = recipe.parse({**SMALL, "objective": {"type": "grpo", "rewards": items}})
+    assert "rewards {type: length, max: 30, unit: words}, {type: final_stop, weight: 0.5}" in recipe.brief(built)
+
+
 def test_defaults_are_sft_and_lora():
     built = recipe.parse(SMALL)
     assert (objectives.name_of(built.objective), adaptations.name_of(built.adaptation)) == ("sft", "lora")

@@ -104,6 +104,8 @@ def config_of(architecture: str) -> Any:
 def why_not(cell: Cell) -> str | None:
     """What the refusal of a pair that makes no sense says; None for one that works."""
     kind = objectives.module(cell.objective).Objective.traits.head
+    if cell.objective in VALUED and cell.adaptation == "features":
+        return "freezes the body, and the value model"
     try:
         head_types.require_class(config_of(cell.architecture), kind)
     except ModelError:

@@ -19,7 +19,9 @@ from tunesmith.models.fast import attention
 from tunesmith.models.heads import lm_head, value_head
 from tunesmith.models.network import base
 from tunesmith.objectives import ppo
+from tunesmith.report import run_page
 from tunesmith.rollout.rewards import Rewards, Scored
+from tunesmith.runs import metrics_file
 from tunesmith.train import loop
 
 ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4}}
@@ -122,13 +124,24 @@ def test_a_run_logs_what_its_users_look_for(whole):
     assert names <= record.keys()
 
 
-@pytest.mark.parametrize("step", shortened([5, 7], [7]))
-def test_a_killed_run_goes_on_bit_for_bit(step, whole, tmp_path):
-    recipe, run = whole
-    killed_before(step, recipe, tmp_path / "run")
-    tunesmith.train(recipe, out=tmp_path / "run", resume=True)
-    assert history(tmp_path / "run") == history(run)
-    assert apart(adapter(tmp_path / "run"), adapter(run)) == 0 and apart(head(tmp_path / "run"), head(run)) == 0
+PLOTS = (
+    "Reward", "Reward/rule", "Reward after kl", "Kl", "Kl per answer", "Entropy", "Value loss", "Explained variance", "Clip fraction",
+    "Ratio", "Approx kl", "Response length", "Stopped", "Zero variance", "Seconds by phase", "Tokens per second by phase",
+)  # fmt: skip
+
+
+def test_the_report_plots_it_and_shows_the_answers_of_each_evaluation(tmp_path):
+    recipe = ppo_run(tmp_path, train={"eval_steps": 4})
+    recipe["data"]["eval"], recipe["samples"] = {"fraction": 0.25}, {"count": 1, "max_new_tokens": 2}
+    tunesmith.train(recipe, out=tmp_path / "run")
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert [title for title in PLOTS if f">{title}<" not in html] == []
+    times = run_page._read(tmp_path / "run").rollouts[1]
+    phases = ("rollout", "scoring", "logps")
+    assert all(times[f"{phase}_seconds"] > 0 and times[f"{phase}_tokens_per_second"] > 0 for phase in phases)
+    assert of_kind(tmp_path / "run", "eval")[1]["eval_reward"] != 0
+    answers = metrics_file.read(tmp_path / "run" / "samples.jsonl")
+    assert [one["step"] for one in answers] == [0, 4, 8, 12] and all(f"step {one['step']}" in html for one in answers)
 
 
 def adapter(run):
@@ -272,6 +285,22 @@ def test_the_loss_equals_transformers_forward(name, plain, layout):
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-9) and objective.count(batch) == 12
     assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(found, expected, strict=True))
     assert {name: count for name, (_, count) in metrics.items()} == dict.fromkeys(metrics, 12)
+
+
+def test_what_lies_in_the_padding_changes_nothing():
+    """In loss and figures, and in what an iteration measures: log-probabilities, entropies and values."""
+    objective = ppo.Objective(ppo.Config(entropy_coef=0.3))
+    model = tiny_model("llama")
+    value_head.attach(model)
+    torch.nn.init.normal_(value_head.find(model).weight, generator=torch.Generator().manual_seed(0))
+    _, batch = sampled_batch(objective, PADDED)
+    inside = batch["attention_mask"].bool()
+    filled = {**batch, "input_ids": torch.where(inside, batch["input_ids"], 77)}
+    assert not inside.all()
+    (one, figures), (other, others) = (objective.loss(model, each) for each in (batch, filled))
+    assert one.item() == other.item() and str(figures) == str(others)
+    for mine, theirs in zip(objective.measure(model, batch), objective.measure(model, filled), strict=True):
+        assert all(np.array_equal(mine[name], theirs[name]) for name in ("old_logps", "entropies", "old_values"))
 
 
 def test_the_value_loss_leaves_the_body_alone_where_asked():

@@ -350,6 +350,22 @@ FAULTS = [
         "tests/rollout/test_rollouts.py -k without_sampling_twice",
     ),
     Fault(
+        "answers-before-the-checkpoint-sampled-twice",
+        "a run that is killed while it scores its answers does not sample them again",
+        "rollout/rollouts.py",
+        "if not self._restored():",
+        "if True:",
+        "tests/rollout/test_rollouts.py -k samples_nothing_twice",
+    ),
+    Fault(
+        "failed-evaluation-forgotten",
+        "a resumed run makes the evaluation in which a reward failed",
+        "train/loop.py",
+        "if position.evaluation_due:",
+        "if False:",
+        "tests/rollout/test_rollouts.py -k evaluation_in_which_a_reward_fails",
+    ),
+    Fault(
         "sequence-mean-without-lengths",
         "every answer weighs the same under loss_aggregation: sequence",
         "objectives/grpo.py",
@@ -425,7 +441,7 @@ FAULTS = [
     Fault(
         "reward-of-another-answer",
         "an answer has the reward of its own text",
-        "rollout/rollouts.py",
+        "rollout/sampled_answers.py",
         "float(scored.total[number])",
         "float(scored.total[-1 - number])",
         "tests/rollout/test_rollouts.py",

@@ -8,7 +8,10 @@ from rich.console import Console
 from tunesmith.report import run_page
 from tunesmith.runs.progress import Progress
 
-TIMES = {"rollout_seconds": 3.0, "scoring_seconds": 0.1, "logps_seconds": 0.4, "rollout_tokens_per_second": 90.0}
+TIMES = {
+    "rollout_seconds": 3.0, "scoring_seconds": 0.1, "logps_seconds": 0.4,
+    "rollout_tokens_per_second": 90.0, "scoring_tokens_per_second": 2700.0, "logps_tokens_per_second": 675.0,
+}  # fmt: skip
 
 
 def rollout(step, reward):
@@ -25,7 +28,10 @@ def rollout(step, reward):
 
 
 def update(step):
-    return {"kind": "train", "step": step, "epoch": 0.5, "loss": 0.1, "ratio": 1.0, "clip_fraction": 0.0, "update_seconds": 1.5}
+    figures = {"loss": 0.1, "ratio": 1.0, "clip_fraction": 0.0, "value_loss": 0.2, "approx_kl": 0.01}
+    return {
+        "kind": "train", "step": step, "epoch": 0.5, **figures, "update_seconds": 1.5, "update_tokens_per_second": 400.0,
+    }  # fmt: skip
 
 
 def plots(folder, records):
@@ -36,9 +42,11 @@ def plots(folder, records):
 def test_each_figure_of_the_iterations_is_plotted_with_that_of_evaluations(tmp_path):
     evals = [{"kind": "eval", "step": 0, "eval_reward": -3.0}, {"kind": "eval", "step": 2, "eval_reward": -1.0}]
     found = plots(tmp_path, [evals[0], rollout(1, -3.5), update(1), rollout(2, -1.5), update(2), evals[1]])
-    assert {"Reward", "Reward/length", "Stopped", "Ratio", "Clip fraction", "Seconds by phase"} <= found.keys()
+    assert {"Reward", "Reward/length", "Stopped", "Ratio", "Clip fraction", "Value loss", "Seconds by phase"} <= found.keys()
     assert "Iteration" not in found and "Epoch" not in found and "Held-out figures" not in found
     assert found["Reward"].alt == "Reward by step: train from -3.5 to -1.5; eval from -3 to -1"
+    assert "update from 400 to 400" in found["Tokens per second by phase"].alt
+    assert found["Tokens per second by phase"].alt.count("from") == 4
     assert found["Seconds by phase"].alt.count("from") == 4 and "update from 1.5 s to 1.5 s" in found["Seconds by phase"].alt
 
 

@@ -98,14 +98,16 @@ def test_whitening_equals_a_hand_computation():
     assert advantages.whiten(torch.full((4,), 2.0)).tolist() == [0.0] * 4
 
 
-def trl(old, reference, new, old_values, values, scores, ends):
-    """The lines of TRL 0.24's PPOTrainer (``train``, ``masked_whiten``) for padded rows, (rows, longest) each."""
+def trl(old, reference, new, old_values, values, scores, ends, after=1):
+    """The lines of TRL 0.24's PPOTrainer (``train``, ``masked_whiten``) for padded rows, (rows, longest) each, in their order.
+
+    ``ends``: index of each row's last token. ``after``: tokens after it at which TRL puts the score; 0 is not TRL."""
     index = torch.arange(old.shape[1]).repeat(len(old), 1)
-    padding, padding_p1 = index > ends[:, None], index > ends[:, None] + 1
+    padding, padding_p1 = index > ends[:, None], index > ends[:, None] + after
     old, reference = old.masked_fill(padding, 1.0), reference.masked_fill(padding, 1.0)
     old_values = old_values.masked_fill(padding_p1, 0)
     rewards = -KL_COEF * -(reference - old)
-    last = torch.where(ends + 1 < old.shape[1], ends + 1, ends)
+    last = torch.where(ends + after < old.shape[1], ends + after, ends)
     rewards[torch.arange(len(old)), last] += scores
     running, made = 0, []
     for t in reversed(range(old.shape[1])):
@@ -116,36 +118,45 @@ def trl(old, reference, new, old_values, values, scores, ends):
     returns, mask = made + old_values, ~padding
     mean = (made * mask).sum() / mask.sum()
     variance = ((made - mean) ** 2 * mask).sum() / mask.sum() * mask.sum() / (mask.sum() - 1)
-    made = (made - mean) * torch.rsqrt(variance + 1e-8)
+    made = ((made - mean) * torch.rsqrt(variance + 1e-8)).masked_fill(padding, 0)
     ratio = (new.masked_fill(padding, 1.0) - old).exp()
     policy = torch.max(-made * ratio, -made * ratio.clamp(1 - CLIP, 1 + CLIP))
     values = values.masked_fill(padding_p1, 0)
     near = torch.clamp(values, old_values - CLIP, old_values + CLIP)
     value = 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2)
-    return made, returns, policy, value
+    return tuple(part[mask] for part in (made, returns, policy, value))
 
 
-def test_rows_without_padding_equal_trl():
-    """Where rows end before the longest, TRL puts the score one token after the stop token; docs/ppo.md."""
-    rows, length = 4, 6
-    old, reference, new, old_values, values = (tokens(seed, rows * length, 0.4).view(rows, length) for seed in range(5))
-    scores, ends = tokens(9, rows), torch.full((rows,), length - 1)
-    expected = trl(old.clone(), reference, new, old_values, values, scores, ends)
-    lengths = torch.full((rows,), length)
-    rewards = advantages.token_rewards(
-        kl.k1((old - reference).flatten()), lengths, scores, torch.zeros(rows, dtype=torch.bool), KL_COEF
-    )
-    made, returns = advantages.gae(rewards, old_values.flatten(), lengths, GAMMA, LAMBDA)
+def ours_of(old, reference, new, old_values, values, scores, lengths):
+    """The same of rows (rows, longest) of which the first ``lengths`` tokens count."""
+    is_token = torch.arange(old.shape[1]) < lengths[:, None]
+    old, reference, new, old_values, values = (part[is_token] for part in (old, reference, new, old_values, values))
+    never = torch.zeros(len(lengths), dtype=torch.bool)
+    rewards = advantages.token_rewards(kl.k1(old - reference), lengths, scores, never, KL_COEF)
+    made, returns = advantages.gae(rewards, old_values, lengths, GAMMA, LAMBDA)
     made = advantages.whiten(made)
-    ratio = (new - old).exp().flatten()
-    ours = (
-        made,
-        returns,
-        policy_loss.clipped_surrogate(ratio, made, CLIP),
-        policy_loss.clipped_value_loss(values.flatten(), old_values.flatten(), returns, CLIP),
-    )
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert torch.allclose(mine, theirs.flatten(), rtol=0, atol=1e-9)
+    policy = policy_loss.clipped_surrogate((new - old).exp(), made, CLIP)
+    return made, returns, policy, policy_loss.clipped_value_loss(values, old_values, returns, CLIP)
+
+
+def difference(lengths, after):
+    """The largest difference from TRL's lines in advantages, returns and both losses."""
+    rows = len(lengths)
+    parts = [tokens(seed, rows * 6, 0.4).view(rows, 6) for seed in range(5)]
+    lengths, scores = torch.tensor(lengths), tokens(9, rows)
+    theirs = trl(*(part.clone() for part in parts), scores, lengths - 1, after)
+    pairs = zip(ours_of(*parts, scores, lengths), theirs, strict=True)
+    return max(float((mine - other).abs().max()) for mine, other in pairs)
+
+
+def test_rows_of_equal_length_equal_trl():
+    assert difference([6, 6, 6, 6], after=1) < 1e-9
+
+
+def test_padded_rows_differ_from_trl_by_the_place_of_the_score_alone():
+    """TRL puts the score of a row that ends early one token after its stop token, where it has a value, too; docs/ppo.md."""
+    assert difference([6, 2, 5, 1], after=0) < 1e-9
+    assert difference([6, 2, 5, 1], after=1) > 0.1
 
 
 def test_a_clipped_token_is_one_without_a_gradient():

@@ -3,71 +3,141 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tunesmith
+from tests.rollout.completions import answered
 from tests.rollout.sampling import made
 from tests.runs import history, recipe, weights
 from tunesmith.models.find.locate import locate
-from tunesmith.rollout import reward_models
+from tunesmith.rollout import reward_adapter, reward_models
+from tunesmith.runs import run_folder
+from tunesmith.train import weights_at_start
 
 LORA = {"type": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
+KINDS = {"grpo": {"beta": 0.1}, "ppo": {"type": "ppo", "update_epochs": 2}}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A reward model, and the same GRPO run with it attached and with a network of its own."""
+    """A reward model, and the same runs with it attached ("shared") and with a network of its own ("alone"): (folder, what each run
+    made of the reward model and of the weights at its start)."""
     folder = tmp_path_factory.mktemp("attached")
     rm = folder / "rm"
     tunesmith.train(recipe(folder, "llama", "reward", "lora", max_steps=2), out=rm)
     files = {path.name: path.read_bytes() for path in (rm / "model").iterdir()}
-    opened = []
+    seen = {}
     with pytest.MonkeyPatch.context() as patch:
-        open_model = reward_models.RewardModel.open
+        open_model, keep = reward_models.RewardModel.open, weights_at_start.WeightsAtStart.__init__
 
         def watched(self, run):
             open_model(self, run)
-            opened.append(self)
+            now["reward"] = self
+
+        def kept(self, parameters):
+            keep(self, parameters)
+            now["start"], now["bytes"] = self, {name: digest(value) for name, value in self._kept.items()}
 
         patch.setattr(reward_models.RewardModel, "open", watched)
-        for name, share in (("shared", True), ("alone", False)):
+        patch.setattr(weights_at_start.WeightsAtStart, "__init__", kept)
+        for (kind, keys), (name, share) in product(KINDS.items(), (("shared", True), ("alone", False))):
             rewards = [{"type": "model", "path": str(rm), "share_base": share}, {"type": "final_stop"}]
-            tunesmith.train(made(folder, adaptation=LORA, rewards=rewards), out=folder / name)
+            now = seen[kind, name] = {}
+            tunesmith.train(made(folder, adaptation=LORA, rewards=rewards, **keys), out=folder / f"{kind}-{name}")
     assert files == {path.name: path.read_bytes() for path in (rm / "model").iterdir()}
-    return folder, opened
+    return folder, seen
+
+
+def digest(tensor):
+    return tensor.detach().numpy().tobytes()
 
 
 def rollouts(run):
     return [record for record in history(run) if record["kind"] == "rollout"]
 
 
-def test_the_rewards_are_those_of_a_separate_model(runs):
-    folder, opened = runs
-    assert {model.keys.share_base: model._attached is not None for model in opened} == {True: True, False: False}
-    shared, alone = (rollouts(folder / name) for name in ("shared", "alone"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rewards_are_those_of_a_separate_model(runs, kind):
+    folder, seen = runs
+    assert [seen[kind, name]["reward"]._attached is not None for name in ("shared", "alone")] == [True, False]
+    shared, alone = (rollouts(folder / f"{kind}-{name}") for name in ("shared", "alone"))
     assert len(shared) == len(alone) == 3 and shared[0]["reward/rm"] != 0
     for one, other in zip(shared, alone, strict=True):
         assert one["reward/rm"] == pytest.approx(other["reward/rm"], abs=1e-5)
         assert one["reward"] == pytest.approx(one["reward/rm"] + one["reward/final_stop"], abs=1e-9)
 
 
-def test_only_the_policys_adapter_is_saved_and_the_reward_model_is_unchanged(runs):
-    folder, opened = runs
-    for name in ("shared", "alone"):
-        saved = weights(folder / name / "model")
-        assert {key.rpartition(".lora_")[0].rpartition(".")[2] for key in saved} == {"q_proj", "v_proj"}
-        config = json.loads((folder / name / "model" / "adapter_config.json").read_text())
-        assert config["r"] == 2
-    (attached,) = {id(one): one._attached for one in opened if one._attached is not None}.values()
-    policy, stored = attached.run.model, weights(folder / "rm" / "model")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["shared", "alone"])
+def test_reward_model_and_reference_keep_every_byte(runs, kind, name):
+    """Against the saved reward model, and against the copy that the run made before its first step."""
+    folder, seen = runs
+    reward, start = seen[kind, name]["reward"], seen[kind, name]["start"]
+    assert {key: digest(value) for key, value in start._kept.items()} == seen[kind, name]["bytes"] != {}
+    stored = weights(folder / "rm" / "model")
+    if name == "alone":
+        fresh = reward._loaded(torch.device("cpu")).state_dict()
+        held = reward._network.state_dict()
+        unused = {key for key in fresh if ".original_module." in key}  # peft draws it at random
+        assert held.keys() == fresh.keys() and all(digest(held[key]) == digest(fresh[key]) for key in fresh.keys() - unused)
+        return
+    policy, compared = reward._attached.run.model, 0
     assert policy.active_adapter == "default"
     for key, value in stored.items():
-        layer, kind, _ = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if kind:
+        layer, kind_of, _ = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if kind_of:
             factor = key.rpartition(".lora_")[2][0]
-            held = policy.get_base_model().get_submodule(f"{layer}.lora_{factor}")[attached.name].weight
-            assert torch.equal(held, value), key
-    assert torch.equal(attached.head.weight, stored["base_model.model.score.weight"])
-    assert locate(folder / "shared").base == locate(folder / "rm").base
+            held = policy.get_base_model().get_submodule(f"{layer}.lora_{factor}")[reward._attached.name].weight
+            assert digest(held) == digest(value), key
+            compared += 1
+    assert compared and digest(reward._attached.head.weight) == digest(stored["base_model.model.score.weight"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_policys_adapter_is_saved(runs, kind):
+    folder, _ = runs
+    for name in ("shared", "alone"):
+        saved = load_file(folder / f"{kind}-{name}" / "model" / "adapter_model.safetensors")
+        assert {key.rpartition(".lora_")[0].rpartition(".")[2] for key in saved} == {"q_proj", "v_proj"}
+        config = json.loads((folder / f"{kind}-{name}" / "model" / "adapter_config.json").read_text())
+        assert config["r"] == 2
+    assert locate(folder / f"{kind}-shared").base == locate(folder / "rm").base
+
+
+def test_the_run_reports_whether_the_reward_model_is_attached_and_why_not(runs):
+    folder, _ = runs
+    shared, alone = (run_folder.read_mapping(folder / f"grpo-{name}" / "manifest.json")["notes"] for name in ("shared", "alone"))
+    assert f"reward model {folder / 'rm'}: attached to the policy's network as a second adapter" in shared
+    assert f"reward model {folder / 'rm'}: loaded as a second network, because share_base is false" in alone
+
+
+class Failure(Exception):
+    """An error that only these tests raise."""
+
+
+def test_after_an_error_in_a_scoring_or_reference_pass_the_policy_is_in_use(runs, monkeypatch):
+    _, seen = runs
+    reward, start = seen["ppo", "shared"]["reward"], seen["ppo", "shared"]["start"]
+    policy = reward._attached.run.model
+    before = {name: digest(value) for name, value in policy.named_parameters()}
+    with pytest.raises(Failure), start.installed():
+        assert {digest(value) for value in start._parameters.values()} == {*seen["ppo", "shared"]["bytes"].values()}
+        raise Failure
+    assert {name: digest(value) for name, value in policy.named_parameters()} == before
+
+    def fails(*arguments):
+        assert policy.active_adapter == reward._attached.name
+        raise Failure
+
+    monkeypatch.setattr(reward_adapter.lm_head, "outputs_at", fails)
+    with pytest.raises(Failure):
+        reward([answered("x")])
+    assert policy.active_adapter == "default"
+    assert {name: digest(value) for name, value in policy.named_parameters()} == before
+    assert all(value.requires_grad for value in start._parameters.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,7 +15,8 @@ import tunesmith
 from tests.data.tokenizers import tokenizer_of
 from tests.models.adapters import save_adapter
 from tests.rollout.completions import answered
-from tests.runs import model_folder, preferences, recipe
+from tests.rollout.sampling import made
+from tests.runs import history, model_folder, preferences, recipe
 from tests.tiny import ENCODERS, encoder_tokenizer, save_tiny, tiny_config
 from tunesmith.data.encode import conversations
 from tunesmith.data.rows import Chat
@@ -25,6 +27,7 @@ from tunesmith.models.load import load
 from tunesmith.models.load.load import load_model
 from tunesmith.rollout import reward_adapter
 from tunesmith.rollout.reward_models import ModelReward
+from tunesmith.runs import run_folder
 
 Q, S = {"role": "user", "content": "What is the capital?"}, {"role": "system", "content": "Be brief."}
 ANSWERS = [
@@ -51,9 +54,9 @@ def shelf(tmp_path_factory):
     rows = folder / "pairs.jsonl"
     rows.write_text("\n".join(map(json.dumps, chats(8))))
     for name, adaptation in (("rm", "lora"), ("whole", "full")):
-        made = recipe(folder, "llama", "reward", adaptation, max_steps=2)
-        made["data"]["train"] = [{"path": str(rows)}]
-        tunesmith.train(made, out=folder / name)
+        trained = recipe(folder, "llama", "reward", adaptation, max_steps=2)
+        trained["data"]["train"] = [{"path": str(rows)}]
+        tunesmith.train(trained, out=folder / name)
     return folder
 
 
@@ -80,6 +83,8 @@ class Run:
 
     def __init__(self, policy):
         self.model, self.device = policy, torch.device("cpu")
+        self.notes = []
+        self.note = self.notes.append
 
     @contextmanager
     def own_layers(self):
@@ -260,6 +265,20 @@ def test_another_tokenizer_is_reported_once(shelf, classifiers):
     assert "the policy has another tokenizer, so" in note
     (note,) = scorer(classifiers / "bert", load.load_tokenizer(locate(shelf / "rm")), label="positive").notes
     assert "the policy has another chat template, so" in note
+
+
+def test_a_classifier_with_another_tokenizer_is_the_reward_of_a_run(classifiers, tmp_path):
+    path = shutil.copytree(classifiers / "bert", tmp_path / "bert")
+    tokenizer_of("metaspace").save_pretrained(path)
+    rewards = [{"type": "model", "path": str(path), "label": "positive", "name": "mood"}]
+    tunesmith.train(made(tmp_path, type="ppo", rewards=rewards, train={"max_steps": 2, "epochs": 1.0}), out=tmp_path / "run")
+    (record,) = (one for one in history(tmp_path / "run") if one["kind"] == "rollout")
+    assert record["reward"] == record["reward/mood"] != 0
+    notes = run_folder.read_mapping(tmp_path / "run" / "manifest.json")["notes"]
+    assert [note.partition(": ")[2] for note in notes if note.startswith(f"reward model {path}")] == [
+        "the policy has another tokenizer and chat template, so the text of its answers is tokenised again",
+        "loaded as a second network, because it is a whole model",
+    ]
 
 
 def test_a_prompt_too_long_for_the_model_loses_its_left(shelf, classifiers):

@@ -21,6 +21,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.models.load import load
 from tunesmith.recipe import text as recipe_text
 from tunesmith.rollout.rewards import Reward, Rewards
+from tunesmith.train import session
 
 LISTED = TypeAdapter(list[Reward])
 
@@ -105,6 +106,11 @@ def test_the_resolved_recipe_makes_the_same_rewards():
 
 
 REFUSED = [
+    ({"type": "ppo", "adaptation": "features"}, None, "adaptation: features freezes the body, .* Set adaptation: lora"),
+    ({"max_new_tokens": 0}, None, "`objective.max_new_tokens`: expected greater than 0, got 0"),
+    ({"rewards": [{"type": "length", "traget": 3}]}, None, "unknown key `objective.rewards.0.traget`. Did you mean `target`"),
+    ({"rewards": [{"type": "final_stop", "lr": 1}]}, None, "unknown key `objective.rewards.0.lr`. Valid: name, type, weight"),
+    ({"rewards": [{"type": "length", "max": 3, "beta": 1}]}, None, "unknown key `objective.rewards.0.beta`. Valid: max, name"),
     ({"rewards": [{"type": "python", "call": "no_such_module:f"}]}, None, "objective.rewards.0.call: there is no module"),
     ({"rewards": [{"type": "model", "path": "BASE"}]}, None, "objective.rewards.0.path: .*no head that scores a text"),
     ({"rewards": [{"type": "exact", "column": "answer"}]}, None, "prompts.jsonl:1:answer.*which the reward exact reads"),
@@ -128,3 +134,22 @@ def test_bad_input_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, c
     assert main(["train", str(file), "--out", str(tmp_path / "run")]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split())), message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_function_that_fails_in_a_run_costs_no_answer(tmp_path, monkeypatch, capsys):
+    """Exit code 3, with the state saved and the next command; once it is corrected, the run goes on."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    module = tmp_path / "counts_words.py"
+    module.write_text("def words(prompts, completions, rows):\n    return [float('nan')] * len(prompts)\n")
+    keys = made_run(tmp_path, rewards=[{"type": "python", "call": "counts_words:words"}], train={"max_steps": 2, "epochs": 1.0})
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe_text.dump(keys))
+    command = ["train", str(file), "--out", str(tmp_path / "run")]
+    assert main(command) == 3
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "reward words: expected a finite number for each answer, got nan for rollout:0:0" in shown
+    assert "The answers are saved: their scoring is repeated with --resume. Correct the reward first" in shown
+    module.write_text("def words(prompts, completions, rows):\n    return [float(len(one.split())) for one in completions]\n")
+    monkeypatch.delitem(sys.modules, "counts_words")
+    monkeypatch.setattr(session.RunSession, "sample", lambda *arguments: pytest.fail("answers were sampled again"))
+    assert main([*command, "--resume"]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import numpy as np
@@ -10,14 +9,13 @@ import pytest
 import torch
 
 import tunesmith
-from tests.kill_points import in_fork
-from tests.rollout.sampling import made, rule
+from tests.rollout.sampling import killed_in, made, measure_and_die, rule, sampled_by_resuming, score_by_rule
 from tests.runs import apart, history, killed_before, weights
 from tests.train import launching
 from tunesmith.errors import DataError, RecipeError, RewardError, StaleRolloutError
 from tunesmith.models.heads import log_probs
 from tunesmith.objectives import grpo
-from tunesmith.rollout import sampled_answers
+from tunesmith.rollout import held_out, iteration_file, sampled_answers
 from tunesmith.rollout.rewards import Rewards, Scored
 from tunesmith.train import checkpoint, loop, setup
 from tunesmith.train.session import RunSession
@@ -41,8 +39,16 @@ def whole(tmp_path_factory):
     return folder / "run"
 
 
-def score_by_rule():
-    Rewards.score = rule
+@pytest.fixture(scope="module")
+def whole_ppo(tmp_path_factory):
+    """The same of PPO, with everything that it keeps from one iteration to the next: (its recipe, its folder)."""
+    folder = tmp_path_factory.mktemp("whole-ppo")
+    keys = dict(temperature=0.7, kl_coef=0.1, target_kl=0.01, horizon=100, reward_normalization="std", reward_clip=2.0)
+    recipe = made(folder, adaptation={"type": "lora", "r": 4}, train=EVERY_STEP, type="ppo", **keys)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rewards, "score", rule)
+        tunesmith.train(recipe, out=folder / "run")
+    return recipe, folder / "run"
 
 
 def rollouts_of(run):
@@ -108,27 +114,33 @@ def test_a_stopped_run_goes_on_without_sampling_twice(whole, tmp_path, monkeypat
     monkeypatch.setattr(RunSession, "sample", lambda self, requests: sampled.append(requests) or sample(self, requests))
     tunesmith.train(recipe, out=tmp_path / "run", resume=True)
     same(tmp_path / "run", whole)
-    assert len(sampled) == 3 - -(-(step - 1) // PER_ITERATION)
+    assert len(sampled) == 3 - -(-step // PER_ITERATION)
 
 
-@pytest.mark.parametrize(
-    ("place", "name", "call"),
-    [(RunSession, "sample", 2), (Rewards, "score", 2), (loop, "train_step", 7)],
-    ids=["rollout", "scoring", "update"],
-)
-def test_a_killed_process_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, place, name, call):
-    recipe, function, calls = made(tmp_path, beta=0.1, train=EVERY_STEP), getattr(place, name), []
+@pytest.mark.parametrize(("phase", "sampled"), {"rollout": 8, "scoring": 4, "measuring": 4, "update": 4}.items())
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_a_killed_process_goes_on_bit_for_bit_and_samples_nothing_twice(
+    whole, whole_ppo, tmp_path, monkeypatch, kind, phase, sampled
+):
+    """SIGKILL in each phase of the second of three iterations of four prompts. No checkpoint holds that iteration's answers yet,
+    but in "update"."""
+    recipe, run = {"grpo": (made(tmp_path, beta=0.1, train=EVERY_STEP), whole), "ppo": whole_ppo}[kind]
+    assert killed_in(phase, recipe, tmp_path / "run") == -signal.SIGKILL
+    saved = {"update": 6}.get(phase, 4)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == saved
+    again = sampled_by_resuming(recipe, tmp_path / "run", monkeypatch)
+    assert again == list(range(12 - sampled, 12))
+    same(tmp_path / "run", run)
 
-    def dies(*args, **keys):
-        calls.append(name)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **keys)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, dies)
-        assert in_fork(lambda: tunesmith.train(recipe, out=tmp_path / "run")) == (-signal.SIGKILL, None)
-    tunesmith.train(recipe, out=tmp_path / "run", resume=True)
+def test_a_damaged_file_of_answers_costs_time_alone(whole, tmp_path, monkeypatch):
+    recipe = made(tmp_path, beta=0.1, train=EVERY_STEP)
+    assert killed_in("scoring", recipe, tmp_path / "run") == -signal.SIGKILL
+    file = tmp_path / "run" / "checkpoints" / iteration_file.NAME
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert sampled_by_resuming(recipe, tmp_path / "run", monkeypatch) == list(range(4, 12))
     same(tmp_path / "run", whole)
 
 
@@ -150,6 +162,63 @@ def test_a_reward_that_fails_costs_no_answer(whole, tmp_path, monkeypatch, itera
     tunesmith.train(recipe, out=tmp_path / "run", resume=True)
     same(tmp_path / "run", whole)
     assert len(sampled) == 3
+
+
+@pytest.mark.parametrize("call", [3, 4], ids=["step 8", "the last step"])
+def test_an_evaluation_in_which_a_reward_fails_is_made_by_the_resumed_run(evaluated, tmp_path, monkeypatch, call):
+    """Nothing is trained or sampled twice, and an uncorrected reward fails again, in the same place."""
+    recipe, straight = evaluated
+    calls, answers_scored = [], held_out.score
+
+    def fails(*arguments):
+        calls.append(len(calls) + 1)
+        if calls[-1] >= call:
+            raise RewardError("the reward failed")
+        return answers_scored(*arguments)
+
+    monkeypatch.setattr(held_out, "score", fails)
+    with pytest.raises(RewardError, match=r"the reward failed\n  The evaluation is repeated with --resume\."):
+        tunesmith.train(recipe, out=tmp_path / "run")
+    step = 4 * (call - 1)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == step
+    with pytest.raises(RewardError, match="The evaluation is repeated with --resume"):
+        tunesmith.train(recipe, out=tmp_path / "run", resume=True)
+    assert [record["step"] for record in history(tmp_path / "run") if record["kind"] == "eval"] == list(range(0, step, 4))
+    monkeypatch.setattr(held_out, "score", answers_scored)
+    tunesmith.train(recipe, out=tmp_path / "run", resume=True)
+    same(tmp_path / "run", straight)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """An uninterrupted run with held-out prompts: (its recipe, its folder)."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    recipe = made(folder, train={"eval_steps": 4, "save_steps": 1})
+    recipe["data"]["eval"] = {"fraction": 0.25}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rewards, "score", rule)
+        tunesmith.train(recipe, out=folder / "run")
+    return recipe, folder / "run"
+
+
+def test_attempts_to_replace_prompts_are_counted_by_a_resumed_run(tmp_path, monkeypatch):
+    """A reward that fails in the only second attempt: no prompt is replaced once more."""
+    recipe = made(tmp_path, resample=1, train={"max_steps": 4, "epochs": 1.0})
+    calls = []
+
+    def useless(self, answers):
+        calls.append(len(answers))
+        if len(calls) == 2:
+            raise RewardError("the reward failed")
+        return Scored(np.zeros(len(answers)), {"rule": np.zeros(len(answers))})
+
+    monkeypatch.setattr(Rewards, "score", useless)
+    with pytest.raises(RewardError, match="The answers are saved: their scoring is repeated with --resume"):
+        tunesmith.train(recipe, out=tmp_path / "run")
+    tunesmith.train(recipe, out=tmp_path / "run", resume=True)
+    assert calls == [16, 16, 16]
+    (record,) = rollouts_of(tmp_path / "run")
+    assert record["replaced"] == 4
 
 
 def test_answers_of_other_weights_stop_the_run(tmp_path, monkeypatch):
@@ -208,6 +277,18 @@ def test_before_its_first_update_a_policy_is_the_one_that_sampled(tmp_path, monk
 def test_the_result_does_not_depend_on_the_micro_batches(whole, tmp_path):
     tunesmith.train(made(tmp_path, beta=0.1, train={"micro_batch_tokens": 40}), out=tmp_path / "run")
     assert apart(weights(tmp_path / "run" / "model"), weights(whole / "model")) < 1e-5
+
+
+def test_two_killed_processes_go_on_bit_for_bit(whole_ppo, tmp_path):
+    """And PPO in two processes is that of one."""
+    recipe, alone = whole_ppo
+    both, killed = tmp_path / "both", tmp_path / "killed"
+    assert launching.forked(recipe, both, before=score_by_rule) == [0, 0]
+    assert apart(weights(both / "model"), weights(alone / "model")) < 1e-5
+    assert launching.forked(recipe, killed, before=measure_and_die) == [-signal.SIGKILL] * 2
+    assert not [one for one in rollouts_of(killed) if one["iteration"] == 2]
+    assert launching.forked(recipe, killed, before=score_by_rule, resume=True) == [0, 0]
+    same(killed, both)
 
 
 def test_two_processes_sample_and_train_as_one(whole, tmp_path):

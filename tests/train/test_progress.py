@@ -136,6 +136,17 @@ def test_the_redrawn_line_names_the_phase_until_training_goes_on():
         assert "..." not in redrawn(out)
 
 
+def test_a_phase_of_an_iteration_stands_next_to_the_time_left():
+    out, clock = Terminal(), Clock()
+    console = Console(file=out, force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    with Progress(console, clock=clock) as progress:
+        progress.start(0, 480)
+        clock.now = 1.0
+        progress.log({"step": 120, "eta_seconds": 187.0})
+        progress.doing("iteration 2 of 10: update")
+        assert redrawn(out).split("  ")[-2:] == ["3:07 left", "iteration 2 of 10: update ..."]
+
+
 def test_a_terminal_gets_one_line_redrawn_and_notes_above_it():
     out = Terminal()
     clock = Clock()

@@ -38,6 +38,8 @@ class Traits:
     model's own weights are trained and a whole model is saved."""
     quantised_base: bool = False
     """The base model is loaded in 4 or 8 bits."""
+    freezes_body: bool = False
+    """The body stays as it is, or most of its blocks do: only the top of the network is trained."""
     dropout: str | None = None
     """The key of its ``Config`` for a dropout rate; None = it has no dropout."""
 

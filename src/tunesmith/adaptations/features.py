@@ -43,7 +43,7 @@ class Config(adaptations.Config):
 
 class Adaptation(adaptations.Adaptation):
     config: Config
-    traits = Traits(None)
+    traits = Traits(None, freezes_body=True)
     learning_rate = 2e-4
 
     def apply(

@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 
 class Config(RolloutKeys, objectives.Config):
-    num_generations: int = Field(
-        1, ge=1, description="answers sampled for each prompt (Ouyang et al. 2022: 1)"
-    )
+    num_generations: int = Field(1, ge=1, description="answers sampled for each prompt (TRL 0.24: 1)")
     update_epochs: int = Field(
         4, gt=0, description="passes over the answers of an iteration (Ziegler et al. 2019: 4)"
     )
@@ -91,7 +89,7 @@ class Config(RolloutKeys, objectives.Config):
     missing_eos_penalty: float = Field(
         1.0,
         ge=0,
-        description="subtracted from the score of an answer that reached max_new_tokens (TRL's examples: 1)",
+        description="subtracted from the score of an answer that reached max_new_tokens (example of TRL: 1)",
     )
     reward_normalization: Normalization = Field(
         "none",

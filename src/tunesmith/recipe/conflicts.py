@@ -86,6 +86,8 @@ def _objective_rules(recipe: Recipe, sources: Mapping[str, Source]) -> list[Rule
     traits: objectives.Traits = objectives.module(name).Objective.traits
     writes_text = traits.head == "lm"
     learns = f"{name} learns from {', '.join(row.__name__ for row in traits.rows)} rows"
+    adaptation = adaptations.name_of(recipe.adaptation)
+    freezes_body = adaptations.module(adaptation).Adaptation.traits.freezes_body
     random_keys = (_dropout(recipe), ("train.neftune_noise_alpha", recipe.train.neftune_noise_alpha))
     return [
         *((changed(recipe.samples, key) and not writes_text,
@@ -93,6 +95,9 @@ def _objective_rules(recipe: Recipe, sources: Mapping[str, Source]) -> list[Rule
           for key in ("prompts", "count", "max_new_tokens")),
         (changed(recipe.data, "max_unlearnable") and (traits.fits_rows or not writes_text),
          f"data.max_unlearnable does nothing: every row of {name} has something to learn"),
+        (traits.value_head and freezes_body,
+         f"adaptation: {adaptation} freezes the body, and the value model of {name} is one layer on its hidden states, which "
+         "must learn with it. Set adaptation: lora, or an objective without a value model, such as grpo"),
         *((traits.deterministic and value,
            f"{key}: {name} compares log-probabilities or rewards, which must depend on the weights alone. Leave it out")
           for key, value in random_keys),

@@ -112,6 +112,19 @@ def brief(recipe: Recipe) -> str:
     return "\n".join(f"{name:<11} {'  '.join(words)}" for name, words in parts.items())
 
 
+def _shown(value: object) -> object:
+    """Return a list of rewards as the recipe has it: ``{type: length, max: 30}``; any other value as it is."""
+    if not isinstance(value, list) or not all(isinstance(one, BaseModel) for one in value):
+        return value
+    items = [", ".join(f"{key}: {item}" for key, item in _given(one).items()) for one in value]
+    return ", ".join(f"{{{item}}}" for item in items)
+
+
+def _given(item: BaseModel) -> dict[str, object]:
+    keys = dict(item)
+    return {"type": keys["type"], **{key: value for key, value in keys.items() if changed(item, key)}}
+
+
 def _source(source: Source) -> str:
     return " ".join([source.path, *_settings(source, hidden=("path",))])
 
@@ -121,7 +134,7 @@ def _settings(config: BaseModel, always: tuple[str, ...] = (), hidden: tuple[str
     values, fields = dict(config), type(config).model_fields
     keys = [*always, *(key for key in fields if key not in hidden and changed(config, key))]
     return [
-        f"{key} {values[key]:g}" if isinstance(values[key], float) else f"{key} {values[key]}"
+        f"{key} {values[key]:g}" if isinstance(values[key], float) else f"{key} {_shown(values[key])}"
         for key in dict.fromkeys(keys)
         if values[key] is not None
     ]

@@ -34,7 +34,6 @@ PARTS = {"objective": objectives, "adaptation": adaptations}
 
 Model = typing.TypeVar("Model", bound=BaseModel)
 
-
 Note = typing.Callable[[str], None]
 
 
@@ -228,9 +227,8 @@ def _explain(
             lines.append(_end_sentence(message, _typed_here((*prefix, *path), error["input"], text)))
         else:
             wanted = error["msg"].removeprefix("Input should be ")
-            got = error["input"]
-            advice = _typed_here((*prefix, *path), got, text)
-            expected.setdefault((where, key, repr(got), advice), []).append(wanted)
+            advice = _typed_here((*prefix, *path), error["input"], text)
+            expected.setdefault((where, key, repr(error["input"]), advice), []).append(wanted)
     lines += [
         _end_sentence(f"{where}: `{key}`: expected {' or '.join(wanted)}, got {got}", advice)
         for (where, key, got, advice), wanted in expected.items()
@@ -280,6 +278,8 @@ def _explain_unknown(
     For a key of another program it suggests the translation; for a key of another ``type``, that type."""
     path = error["loc"]
     name, valid = str(path[-1]), _names_of(_models_at(model, path[:-1])[0])
+    if prefix and any(isinstance(part, int) for part in path):  # a reward: only its own keys help
+        return f"unknown key `{key}`. {did_you_mean(name, valid)}"
     pointer = foreign_keys.find(name, error["input"], text.given, lambda place: _is_here(text.given, place))
     if pointer and name.removesuffix("s") not in valid:  # `betas` next to `beta` is a slip
         return f"unknown key `{key}`. {_explain_foreign(pointer, (*prefix, *path), text)}"

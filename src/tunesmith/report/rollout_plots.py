@@ -16,7 +16,7 @@ PHASES = {"rollout": "sampling", "scoring": "scoring", "logps": "log-probabiliti
 """``NAME_seconds`` of a record -> the name of the phase."""
 
 NOT_FIGURES = {"kind", "step", "epoch", "iteration"}
-OF_UPDATES = ("kl", "approx_kl", "ratio", "clip_fraction", "loss/value", "explained_variance")
+OF_UPDATES = ("kl", "approx_kl", "ratio", "clip_fraction", "policy_loss", "value_loss")
 """Figures of optimiser steps, where a run has them."""
 
 
@@ -32,10 +32,13 @@ def rollout_plots(
         return []
     logged = dict.fromkeys(name for record in rollouts for name in record if is_number(record[name]))
     names = [name for name in logged if name not in NOT_FIGURES | TIMING_KEYS]
-    seconds = [
-        Curve.of_set(label, points(train if phase == UPDATE else rollouts, f"{phase}_seconds"), number)
-        for number, (phase, label) in enumerate(PHASES.items())
-    ]
+
+    def by_phase(unit: str) -> list[Curve]:
+        return [
+            Curve.of_set(label, points(train if phase == UPDATE else rollouts, f"{phase}_{unit}"), number)
+            for number, (phase, label) in enumerate(PHASES.items())
+        ]
+
     return [
         *(
             plot(
@@ -45,5 +48,14 @@ def rollout_plots(
             for name in names
         ),
         *(plot(heading(name), [Curve("train", points(train, name))]) for name in OF_UPDATES),
-        plot("Seconds by phase", seconds, figure_format.duration, from_zero=True, is_smoothed=False),
+        plot(
+            "Seconds by phase", by_phase("seconds"), figure_format.duration, from_zero=True, is_smoothed=False
+        ),
+        plot(
+            "Tokens per second by phase",
+            by_phase("tokens_per_second"),
+            figure_format.count,
+            is_smoothed=False,
+            is_log=True,
+        ),
     ]

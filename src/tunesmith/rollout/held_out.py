@@ -12,8 +12,7 @@ from tunesmith.metrics.intervals import RowFigure
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.rollout.rewards import Rewards
 from tunesmith.rollout.rollout_config import RolloutKeys
-from tunesmith.rollout.rollouts import sample, score
-from tunesmith.rollout.sampled_answers import TOTAL
+from tunesmith.rollout.sampled_answers import TOTAL, sample, score
 from tunesmith.rollout.session_protocol import Session
 
 

@@ -117,15 +117,17 @@ class RewardModel:
         if self._device is not None:
             return
         self._device, self._dtype = run.device, run.model.dtype
-        if not self.keys.share_base:
-            return
         from tunesmith.rollout import reward_adapter
 
-        why = reward_adapter.why_not(run.model, self.folder, self.config)
+        why: str | None = "share_base is false"
+        if self.keys.share_base:
+            why = reward_adapter.why_not(run.model, self.folder, self.config)
         if why is None:
-            self._attached = reward_adapter.attach(
-                run, self.folder, self.keys.name or self.keys.default_name()
-            )
+            name = self.keys.name or self.keys.default_name()
+            self._attached = reward_adapter.attach(run, self.folder, name)
+            run.note(f"reward model {self.keys.path}: attached to the policy's network as a second adapter")
+        else:
+            run.note(f"reward model {self.keys.path}: loaded as a second network, because {why}")
 
     def __call__(self, answers: Sequence[Completion]) -> np.ndarray:
         from tunesmith.data.batch.pack import PADDED

@@ -2,8 +2,8 @@
 
 An iteration takes the next prompts, samples answers, scores them, measures their log-probabilities with the
 forward pass of training, and yields its optimiser steps: ``update_epochs`` passes over mini-batches of
-``train.batch_size`` answers. A checkpoint holds the answers of the iteration with all that was measured, so a
-resumed run samples nothing twice.
+``train.batch_size`` answers. A checkpoint holds the answers of the iteration with all that was measured, and
+``iteration_file`` holds them before the first update, so a resumed run samples nothing twice.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from tunesmith.data.batch.pack import Layout
-from tunesmith.data.batch.step import Batch, Example, Examples, Listed, Plan, Step
-from tunesmith.data.encode import prompt_examples
+from tunesmith.data.batch.step import Batch, Example, Listed, Plan, Step
 from tunesmith.data.store.epoch_order import random_stream
 from tunesmith.errors import RecipeError, StaleRolloutError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.heads.log_probs import log_probs
-from tunesmith.rollout import answer_batch, rollout_warnings, sampled_answers
-from tunesmith.rollout.reward_config import Completion
+from tunesmith.rollout import answer_batch, iteration_file, rollout_warnings, sampled_answers
 from tunesmith.rollout.rewards import Rewards
 from tunesmith.rollout.rollout_config import RolloutKeys
 from tunesmith.rollout.sampled_answers import TOTAL, SampledAnswer
@@ -38,7 +36,7 @@ MINI_BATCHES = 4
 
 
 KEPT = (
-    "iteration", "next_prompt", "replaced", "is_complete", "is_stopped", "seconds", "history", "warned",
+    "iteration", "next_prompt", "replaced", "attempt", "is_complete", "is_stopped", "seconds", "history", "warned",
 )  # fmt: skip
 """Attributes of :class:`Rollouts` that a checkpoint keeps as JSON."""
 
@@ -105,6 +103,8 @@ class Rollouts:
         """Place of the next prompt in the order of prompts."""
         self.replaced: list[float] = []
         """Rewards of the answers that were replaced in this iteration."""
+        self.attempt = 0
+        """Attempts of this iteration so far to replace prompts whose answers teach nothing."""
         self.is_complete = False
         self.is_stopped = False
         """The other passes of the iteration are skipped."""
@@ -135,6 +135,7 @@ class Rollouts:
             if place and place % self.per_epoch == 0 and not self.is_stopped:
                 self.is_stopped = self.learner.stops_iteration(step)
             if not self.is_stopped:
+                self._doing("update")
                 yield step
 
     def _step(self, number: int, place: int) -> Step:
@@ -168,18 +169,20 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------- iterations
 
     def _begin(self, iteration: int) -> None:
-        self.iteration, self.answers, self.replaced = iteration, [], []
+        self.iteration, self.answers, self.replaced, self.attempt = iteration, [], [], 0
         self.is_complete = self.is_stopped = False
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        self._sample(self.prompts)
+        if not self._restored():
+            self._sample(self.prompts)
 
     def _complete(self, number: int) -> None:
         """Score the sampled answers, replace those that teach nothing, measure, and log the iteration."""
-        for attempt in range(self.most_resamples + 1):
+        while True:
             self._score()
             useless = self._useless()
-            if not useless.any() or attempt == self.most_resamples:
+            if not useless.any() or self.attempt == self.most_resamples:
                 break
+            self.attempt += 1
             kept = np.repeat(~useless, self.keys.num_generations)
             self.replaced += [one.reward for one, keep in zip(self.answers, kept, strict=True) if not keep]
             self.answers = [one for one, keep in zip(self.answers, kept, strict=True) if keep]
@@ -191,7 +194,6 @@ class Rollouts:
         self.run.log(record)
         for line in self._new_warnings(record):
             self.run.log({"kind": "warning", "step": number, "warning": line})
-        self.run.doing("")
 
     def _sample(self, prompts: int) -> None:
         """Sample the answers to the next prompts."""
@@ -205,9 +207,27 @@ class Rollouts:
             for place in places
             for sample in range(self.keys.num_generations)
         ]
-        self.answers += sample(self.run, requests, [rows[one.prompt] for one in requests])
+        self.answers += sampled_answers.sample(self.run, requests, [rows[one.prompt] for one in requests])
         self.next_prompt += prompts
         self.seconds["rollout"] += time.perf_counter() - started
+        self._keep()
+
+    def _keep(self) -> None:
+        """Write the answers to a file: the next checkpoint may be many steps away."""
+        if (folder := self.run.folder) is not None:
+            self.run.once(lambda: iteration_file.save(folder, *self.state()))
+
+    def _restored(self) -> bool:
+        """Take the answers of this iteration from the file, if the weights of this moment sampled them."""
+        folder = self.run.folder
+        kept = None if folder is None else self.run.once(lambda: iteration_file.load(folder))
+        if kept is None or kept[1]["iteration"] != self.iteration:
+            return False
+        now = self.run.fingerprint()
+        if any(fact["fingerprint"] != now for fact in kept[1]["answers"]):
+            return False
+        self.load(*kept)
+        return True
 
     def _row(self, place: int) -> int:
         """Return the index of the training example that is the prompt at this place."""
@@ -221,8 +241,9 @@ class Rollouts:
             return
         self._doing(f"scoring {len(unscored)} answers")
         started = time.perf_counter()
-        score(self.run, self.learner.rewards, unscored, self.run.epochs.data)
+        sampled_answers.score(self.run, self.learner.rewards, unscored, self.run.epochs.data)
         self.seconds["scoring"] += time.perf_counter() - started
+        self._keep()
 
     def _useless(self) -> np.ndarray:
         return self.learner.is_useless(self._rewards())
@@ -282,14 +303,21 @@ class Rollouts:
             **sampled_answers.mismatch(self.answers),
             **figures,
             **{f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()},
-            "rollout_tokens_per_second": float(lengths.sum()) / max(self.seconds["rollout"], 1e-9),
+            **{
+                f"{phase}_tokens_per_second": float(lengths.sum()) / max(seconds, 1e-9)
+                for phase, seconds in self.seconds.items()
+            },
         }
 
     def _new_warnings(self, record: JsonObject) -> list[str]:
         """Return the warnings that hold after the iteration of ``record``, and held after none before."""
         error = record["reward_std"] / np.sqrt(len(self.answers))
-        names = [name for name in rollout_warnings.FIGURES if name in record]
-        self.history.append({name: record[name] for name in names} | {"reward_stderr": float(error)})
+        pairs = np.stack([self._rewards().ravel(), [len(answer.ids) for answer in self.answers]])
+        (_, covariance), (_, variance) = np.cov(pairs, ddof=0)
+        derived = {"reward_stderr": error, "length_covariance": covariance, "length_variance": variance}
+        figures = {**record, **self.run.evaluation, **derived}
+        names = [name for name in rollout_warnings.FIGURES if name in figures]
+        self.history.append({name: float(figures[name]) for name in names})
         found = rollout_warnings.find(self.history, self.learner.kl_key)
         new = [line for name, line in found.items() if name not in self.warned]
         self.warned = sorted({*self.warned, *found})
@@ -335,7 +363,8 @@ class Rollouts:
     def state(self) -> tuple[dict[str, torch.Tensor], JsonObject]:
         tensors, facts = sampled_answers.state(self.answers)
         kept = {name: vars(self)[name] for name in KEPT}
-        return tensors, {**kept, "answers": facts, "learner": self.learner.state()}
+        others = {"learner": self.learner.state(), "evaluation": dict(self.run.evaluation)}
+        return tensors, {**kept, **others, "answers": facts}
 
     def load(self, tensors: Mapping[str, torch.Tensor], state: JsonObject) -> None:
         if not state:  # a checkpoint without one
@@ -343,6 +372,7 @@ class Rollouts:
         vars(self).update({name: state[name] for name in KEPT})
         self.answers = sampled_answers.load(tensors, state["answers"])
         self.learner.load(state["learner"])
+        self.run.evaluation = state["evaluation"]
 
 
 def _prompts_of_iteration(keys: RolloutKeys, mini_batch: int) -> int:
@@ -363,34 +393,3 @@ def _prompts_of_iteration(keys: RolloutKeys, mini_batch: int) -> int:
             f"  Set train.batch_size to {total} (one step an iteration) or to a divisor of it."
         )
     return keys.rollout_batch_size
-
-
-def sample(run: Session, requests: Sequence[Request], rows: Sequence[int]) -> list[SampledAnswer]:
-    """Sample the answers to ``requests``, whose prompts are the examples ``rows``."""
-    answers = []
-    for request, row, one in zip(requests, rows, run.sample(requests), strict=True):
-        # under a rule that excludes tokens, the others are likelier than in a forward pass
-        logprobs = [] if request.params.filters else one.rule_logprobs
-        answers.append(SampledAnswer(
-            one.prompt, one.sample, row, np.array(request.ids, np.int32), np.array(one.ids, np.int32), one.text,
-            one.reason, np.array(logprobs, np.float32), one.fingerprint,
-        ))  # fmt: skip
-    return answers
-
-
-def score(run: Session, rewards: Rewards, answers: Sequence[SampledAnswer], prompts: Examples) -> None:
-    """Score ``answers`` to the examples ``prompts``. Raises RewardError in all processes."""
-    completions = [
-        Completion(
-            prompt_examples.decode_row(prompts[one.row]),
-            one.text,
-            one.ids.tolist(),
-            one.ends_with_stop,
-            one.name,
-        )
-        for one in answers
-    ]
-    scored = run.once(lambda: rewards.score(completions))
-    for number, answer in enumerate(answers):
-        answer.scores = {name: float(values[number]) for name, values in scored.by_name.items()}
-        answer.scores[TOTAL] = float(scored.total[number])

@@ -1,4 +1,4 @@
-"""The answers of one iteration: what was sampled, what was measured of it, and how a checkpoint keeps it."""
+"""The answers of one iteration: what was sampled, how it is scored, and how a checkpoint keeps it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.data.batch.pack import Example
+from tunesmith.data.batch.step import Examples
+from tunesmith.data.encode import prompt_examples
 from tunesmith.json_types import JsonObject
+from tunesmith.models.generate.running_rows import Request
+from tunesmith.rollout.reward_config import Completion
+from tunesmith.rollout.rewards import Rewards
+from tunesmith.rollout.session_protocol import Session
 
 if TYPE_CHECKING:
     import torch
@@ -111,3 +117,34 @@ def load(tensors: Mapping[str, torch.Tensor], facts: Sequence[JsonObject]) -> li
             SampledAnswer(prompt_ids=prompt_ids, ids=ids, logprobs=logprobs, tokens=tokens, **known)
         )
     return answers
+
+
+def sample(run: Session, requests: Sequence[Request], rows: Sequence[int]) -> list[SampledAnswer]:
+    """Sample the answers to ``requests``, whose prompts are the examples ``rows``."""
+    answers = []
+    for request, row, one in zip(requests, rows, run.sample(requests), strict=True):
+        # under a rule that excludes tokens, the others are likelier than in a forward pass
+        logprobs = [] if request.params.filters else one.rule_logprobs
+        answers.append(SampledAnswer(
+            one.prompt, one.sample, row, np.array(request.ids, np.int32), np.array(one.ids, np.int32), one.text,
+            one.reason, np.array(logprobs, np.float32), one.fingerprint,
+        ))  # fmt: skip
+    return answers
+
+
+def score(run: Session, rewards: Rewards, answers: Sequence[SampledAnswer], prompts: Examples) -> None:
+    """Score ``answers`` to the examples ``prompts``. Raises RewardError in all processes."""
+    completions = [
+        Completion(
+            prompt_examples.decode_row(prompts[one.row]),
+            one.text,
+            one.ids.tolist(),
+            one.ends_with_stop,
+            one.name,
+        )
+        for one in answers
+    ]
+    scored = run.once(lambda: rewards.score(completions))
+    for number, answer in enumerate(answers):
+        answer.scores = {name: float(values[number]) for name, values in scored.by_name.items()}
+        answer.scores[TOTAL] = float(scored.total[number])

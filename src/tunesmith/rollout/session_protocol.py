@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tunesmith.data.batch.step import Batch, Step
@@ -29,6 +30,10 @@ class Session(Protocol):
     seed: int
     epochs: Epochs
     """Steps made of the recipe's own rows, in the order of seed and epoch."""
+    folder: Path | None
+    """Folder for what a resumed run needs in addition to its last checkpoint; None outside of training."""
+    evaluation: Mapping[str, float]
+    """Figures of the last evaluation; empty before the first."""
 
     def forward(
         self, run: Callable[[PreTrainedModel, Batch], Sequence[T]], step: Step, as_trained: bool = False
@@ -84,4 +89,8 @@ class Session(Protocol):
 
     def log(self, record: JsonObject) -> None:
         """Append a record to the run's metrics."""
+        ...
+
+    def note(self, line: str) -> None:
+        """Print a decision that the recipe does not show, once."""
         ...

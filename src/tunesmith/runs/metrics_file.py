@@ -19,7 +19,8 @@ from tunesmith.json_types import JsonObject
 
 TIMING_KEYS = frozenset((
     "time", "seconds", "eta_seconds", "tokens_per_second", "rows_per_second", "memory_bytes", "peak_memory_bytes",
-    "rollout_seconds", "scoring_seconds", "logps_seconds", "update_seconds", "rollout_tokens_per_second",
+    "rollout_seconds", "scoring_seconds", "logps_seconds", "update_seconds",
+    "rollout_tokens_per_second", "scoring_tokens_per_second", "logps_tokens_per_second", "update_tokens_per_second",
 ))  # fmt: skip
 """Keys of a record that may differ between two runs of the same recipe. All others repeat exactly."""
 

@@ -181,9 +181,8 @@ class Progress:
         return f"step {step:,}/{self._total:,}" if self._total is not None else f"step {step:,}"
 
     def _last(self) -> list[str]:
-        if self._phase is not None:
-            return [f"{self._phase} ..."]
-        return [f"{duration(self._seconds_left)} left"] if self._seconds_left is not None else []
+        left = [f"{duration(self._seconds_left)} left"] if self._seconds_left is not None else []
+        return [*left, f"{self._phase} ..."] if self._phase is not None else left
 
     def _estimate_seconds_left(self) -> float | None:
         (first, start), (last, step) = self._recent[0], self._recent[-1]

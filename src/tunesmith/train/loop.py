@@ -50,6 +50,8 @@ class Progression:
     best: float | None = None
     best_step: int | None = None
     without_improvement: int = 0
+    evaluation_due: bool = False
+    """The evaluation of ``step`` is not finished: a reward failed in it."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last log."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
@@ -92,6 +94,11 @@ def fit(job: Job, position: Progression) -> str | None:
     saved = position.step
     job.sums.load(position.metrics, job.device)
     with catch_signals() as received, _saved_before_a_reward_error(job, position):
+        if position.evaluation_due:
+            verdict = _evaluate(job, position)
+            _save(job, position)
+            if verdict:
+                return verdict
         steps = job.source.steps(position.step + 1)
         while True:
             started = time.perf_counter()  # before next(): the source may sample answers there
@@ -109,7 +116,7 @@ def fit(job: Job, position: Progression) -> str | None:
                 _log(job, position, record)
             verdict = None
             if eval_due:
-                verdict = _early_stop(job, position, job.evaluate(position))
+                verdict = _evaluate(job, position)
             ending, failing = job.stop_requests()
             ending, stopping = distributed.broadcast((ending, received[0] if received else failing))
             if ending and not eval_due:  # the last model may be the best
@@ -129,7 +136,7 @@ def fit(job: Job, position: Progression) -> str | None:
                 )
     if position.step < plan.steps:  # the source skipped the rest of its plan
         position.step = plan.steps
-        verdict = _early_stop(job, position, job.evaluate(position))
+        verdict = _evaluate(job, position)
         _save(job, position)
         return verdict
     return None
@@ -140,8 +147,12 @@ def _saved_before_a_reward_error(job: Job, position: Progression) -> Iterator[No
     """Save before a RewardError is raised: the answers to be scored are part of the source's state."""
     try:
         yield
-    except RewardError:
+    except RewardError as error:
         _save(job, position)
+        kept = "The evaluation" if position.evaluation_due else "The answers are saved: their scoring"
+        error.args = (
+            f"{error}\n  {kept} is repeated with --resume. Correct the reward first: else it fails.",
+        )
         raise
 
 
@@ -352,15 +363,16 @@ def _log(job: Job, position: Progression, record: dict[str, float]) -> None:
             **{name: value / count for name, (value, count) in metrics.items() if count},
             "tokens": position.tokens,
             "supervised_tokens": position.supervised,
-            "seconds": window["seconds"],
-            "tokens_per_second": window["tokens"] / window["seconds"],
-            **{name: window[name] for name in ("update_seconds",) if name in window},
+            **metric_sums.speed(window),
         }
     )
 
 
-def _early_stop(job: Job, position: Progression, figure: float | None) -> str | None:
-    """Report an evaluation's figure to the schedule. Returns the reason to stop early, or None."""
+def _evaluate(job: Job, position: Progression) -> str | None:
+    """Evaluate, and report the figure to the schedule. Returns the reason to stop early, or None."""
+    position.evaluation_due = True
+    figure = job.evaluate(position)
+    position.evaluation_due = False
     if figure is None:
         return None
     job.update.report_metric(figure)

@@ -67,3 +67,11 @@ def as_pair(value: torch.Tensor | float, count: torch.Tensor | float, device: to
 def exact_dtype(device: torch.device) -> torch.dtype:
     """float64; float32 on Apple GPUs, which lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def speed(window: Mapping[str, float]) -> dict[str, float]:
+    """Return time and speed of the steps of a logging window, and those without their source where it samples."""
+    figures = {"seconds": window["seconds"], "tokens_per_second": window["tokens"] / window["seconds"]}
+    if seconds := window.get("update_seconds"):
+        figures |= {"update_seconds": seconds, "update_tokens_per_second": window["tokens"] / seconds}
+    return figures

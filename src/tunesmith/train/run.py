@@ -220,6 +220,7 @@ def _prepare(
     frozen_body_cache.install(ready, built, progress.note)
     job = _job(run, built, position)
     ready.session.append, ready.session.doing = job.log, lambda activity: progress.doing(activity or None)
+    ready.session.note, ready.session.folder = progress.note, run.folder.checkpoints
     reference_seconds = rehearsal.rehearse(run, job, position, started)
     if run.main:
         outcome.record_start(run, job.budget)
@@ -353,6 +354,7 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
     )  # fmt: skip
     answers = held_out_answers.evaluate(ready.session, ready.prompts) if ready.prompts else None
     figures |= answers.figures if answers else {}
+    ready.session.evaluation = figures
     seconds = time.perf_counter() - started
     name, direction = evaluation.deciding_figure(ready.recipe.train, ready.objective.traits)
     evaluation.check_reported(name, figures)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -39,8 +40,11 @@ class RunSession:
     fast_path: FastPath | None = None
     budget: int = 0
     """Tokens of a micro-batch."""
+    folder: Path | None = None
+    evaluation: Mapping[str, float] = field(default_factory=dict)
     append: Callable[[JsonObject], None] = lambda record: None
     doing: Callable[[str], None] = lambda activity: None
+    note: Callable[[str], None] = lambda line: None
     weights_at_start: WeightsAtStart | None = None
     """Set with ``traits.keeps_start``."""
     _engine: Engine | None = None
