@@ -76,7 +76,7 @@ def _packages() -> tuple[Any, Any, Any]:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
+        if (error.name or "").partition(".")[0] != "lm_eval":
             raise
         raise MissingExtra("lm-eval", "harness", "--harness") from None
     return simple_evaluate, HFLM, TaskManager
