@@ -26,10 +26,10 @@ def test_smollm2_answers_and_stops() -> None:
     assert show(path)["total_parameters"] == 134_515_008
     model, tokenizer = load(path)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    answers = generate((model.float(), tokenizer), ["What is the capital of France?", "Say hello."], max_new_tokens=10)
+    answers = generate((model.float(), tokenizer), ["What is the capital of France?", "Say hello."], max_new_tokens=16)
     assert "Paris" in answers[0]
     assert answers == [
-        generate((model, tokenizer), prompt, max_new_tokens=10)[0] for prompt in ("What is the capital of France?", "Say hello.")
+        generate((model, tokenizer), prompt, max_new_tokens=16)[0] for prompt in ("What is the capital of France?", "Say hello.")
     ]
 
 
