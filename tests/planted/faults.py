@@ -565,8 +565,8 @@ FAULTS = [
         "changed-stage-kept",
         "a stage whose recipe, data or input changed is trained again",
         "pipeline/run_stages.py",
-        "if changed := stage_manifest.changes(recorded, facts):",
-        "if changed := stage_manifest.changes(facts, facts):",
+        "changed = stage_manifest.changes(recorded, facts)",
+        "changed = stage_manifest.changes(facts, facts)",
         "tests/pipeline",
     ),
     Fault(

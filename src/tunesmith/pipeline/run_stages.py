@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from tunesmith import __version__, adaptations, files, machine, objectives
-from tunesmith.errors import TunesmithError, UserError
+from tunesmith.errors import DiskError, Interrupted, RewardError, TunesmithError, UserError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.fast import kernels
 from tunesmith.pipeline import answer_comparison, stage_checks, stage_manifest
@@ -27,7 +27,7 @@ from tunesmith.pipeline.pipeline_file import Pipeline, Stage
 from tunesmith.pipeline.stage_manifest import Manifest
 from tunesmith.report import pipeline_page
 from tunesmith.runs import run_folder, run_list
-from tunesmith.train import run
+from tunesmith.train import checkpoint, run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,7 +110,8 @@ def decide(pipeline: Pipeline, stage: Stage) -> PlannedStage:
                 f"{stage.folder} holds a run that this pipeline did not start. Move it, or name another folder with --out."
             )
         return PlannedStage(stage, "train", ("not trained yet",), facts)
-    if changed := stage_manifest.changes(recorded, facts):
+    changed = stage_manifest.changes(recorded, facts)
+    if changed and not (started and _is_corrected_reward(stage, recorded, changed)):
         return PlannedStage(stage, "train", tuple(changed), facts)
     problem = stage_manifest.result_problem(pipeline, stage, recorded)
     if problem is None:
@@ -119,9 +120,25 @@ def decide(pipeline: Pipeline, stage: Stage) -> PlannedStage:
         return PlannedStage(stage, "train", (problem,), facts)
     if not started:
         return PlannedStage(stage, "train", ("not trained yet",), facts)
-    step = run_list.read(stage.folder).facts()["checkpoint"]
+    step, damaged = checkpoint.newest(stage.folder / "checkpoints")
+    if step is None:
+        try:
+            run_folder.check_nothing_lost(run_folder.RunFolder(stage.folder), damaged)
+        except UserError:
+            return PlannedStage(
+                stage, "train", ("interrupted, and its checkpoints are damaged or gone",), facts
+            )
     where = "before its first checkpoint" if step is None else f"after the checkpoint of step {step}"
-    return PlannedStage(stage, "resume", (f"interrupted {where}",), facts)
+    return PlannedStage(stage, "resume", (f"interrupted {where}", *changed), facts)
+
+
+def _is_corrected_reward(stage: Stage, recorded: Manifest, changed: Sequence[str]) -> bool:
+    """Return whether a reward stopped the stage and nothing but code or files that rewards name changed since.
+
+    The stage then goes on: its sampled answers are scored by the corrected reward."""
+    stopped = str(run_list.read(stage.folder).manifest.get("stopped") or "")
+    failed = recorded.get("result") is None and stopped.startswith(f"{RewardError.__name__}:")
+    return failed and all(line.startswith("files: ") for line in changed)
 
 
 @contextmanager
@@ -198,7 +215,12 @@ def _run_stage(
         note(f"the files of the attempt before are in {target}")
     stage_manifest.write(pipeline, stage, planned.facts)
     _forget_last_run()
-    run.train(stage.recipe, out=stage.folder, resume=planned.action == "resume", console=console)
+    try:
+        run.train(stage.recipe, out=stage.folder, resume=planned.action == "resume", console=console)
+    except (RewardError, DiskError, Interrupted) as error:
+        again = "tunesmith pipeline needs no --resume: the same command goes on with this stage."
+        error.args = (f"{error}\n  {again}",)
+        raise
     result = stage_manifest.fingerprint(stage.folder, stage.recipe.trust_remote_code)
     ended = datetime.now(UTC).isoformat(timespec="seconds")
     stage_manifest.write(pipeline, stage, {**planned.facts, "result": result, "ended": ended})
