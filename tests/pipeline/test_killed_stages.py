@@ -19,7 +19,6 @@ from tests.tiny import save_tiny
 from tunesmith.errors import RewardError
 from tunesmith.pipeline import answer_comparison, run_stages
 from tunesmith.rollout.rewards import Rewards
-from tunesmith.runs import run_folder
 from tunesmith.train import loop
 
 ALL = ("sft", "reward", "ppo")
@@ -110,7 +109,7 @@ def copied(written, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "out")
     moved = {str(written.parent): str(tmp_path / "stages"), str(straight[0]): str(tmp_path / "out")}
     file, out = tmp_path / "stages" / "pipe.yaml", tmp_path / "out"
-    for path in (file, *(out / "manifests").iterdir(), *out.glob("*/model/adapter_config.json")):
+    for path in (file, *(out / "manifests").iterdir()):
         text = path.read_text(encoding="utf-8")
         for old, new in moved.items():
             text = text.replace(old, new)
@@ -140,7 +139,7 @@ def test_a_corrected_reward_goes_on_with_the_answers_of_its_stage(written, strai
     reward = f"ppo.objective.rewards=[{{type: python, call: 'my_words:words', folder: {tmp_path}}}]"
     out = tmp_path / "out"
     shutil.copytree(straight[0], out, ignore=shutil.ignore_patterns("ppo", "ppo.json"))
-    pipeline = stages.read(written, out, reward)
+    pipeline = stages.read(written, out, reward, "ppo.data.eval.fraction=0", "ppo.train.eval_steps=null")
     again = "needs no --resume: the same command goes on with this stage"
     with pytest.raises(RewardError, match=rf"stage ppo: reward words: expected a finite number(.|\n)*{again}"):
         run_stages.run_pipeline(pipeline, last="ppo")
@@ -152,7 +151,7 @@ def test_a_corrected_reward_goes_on_with_the_answers_of_its_stage(written, strai
     prompts, sample = [], sampling.session.RunSession.sample
     monkeypatch.setattr(sampling.session.RunSession, "sample", lambda self, asked: prompts.extend(asked) or sample(self, asked))
     run_stages.run_pipeline(pipeline)
-    assert {request.prompt for request in prompts if request.prompt < 4 and request.sample} == set()
+    assert [request.prompt for request in prompts] == [4, 5, 6, 7]
     (tmp_path / "my_words.py").write_text(CODE.format("1.0"))
     assert run_stages.plan(pipeline)[-1].action == "train", "a finished stage is trained again with other code"
 
@@ -191,6 +190,5 @@ def test_what_changed_decides_which_stages_run_again(copied):
         data.write_text(text.replace("question 1", "question 9"), encoding="utf-8")
         assert actions() == expected, name
         data.write_text(text, encoding="utf-8")
-    run_folder.read_mapping(out / "manifests" / "sft.json")
     shutil.rmtree(out / "sft" / "model")
     assert actions()[0] == "train"
