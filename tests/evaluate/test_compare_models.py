@@ -225,11 +225,11 @@ def test_answers_are_measured_next_to_a_baseline(folder, tmp_path):
     ]
     of_both = [[json.loads(line) for line in one.read_text().splitlines()] for one in (tmp_path / "out").glob("answers-*.jsonl")]
     assert len(of_both) == 2, "the base model answered, too"
-    means = [np.mean([squad.f1(one["answer"], [one["reference"]]) for one in lines]) for lines in of_both]
-    lines = of_both[int(np.argmax(means))]
-    base_model = found["figures"]["token_f1"]["baselines"][0]
-    assert base_model["value"] == pytest.approx(min(means)) and found["figures"]["token_f1"]["value"] == pytest.approx(max(means))
-    assert base_model["difference"] == pytest.approx(max(means) - min(means)) and base_model["low"] < base_model["high"]
+    lengths = [np.mean([one["tokens"] for one in lines]) for lines in of_both]
+    own, base_model = found["figures"]["length"]["value"], found["figures"]["length"]["baselines"][0]
+    assert sorted([own, base_model["value"]]) == pytest.approx(sorted(lengths))
+    assert base_model["difference"] == pytest.approx(own - base_model["value"]) and base_model["low"] <= base_model["high"]
+    lines = of_both[int(np.argmin(np.abs(np.subtract(lengths, own))))]
     assert found["answers"] == len(lines) == 12
     by_hand = np.mean([squad.exact_match(line["answer"], [line["reference"]]) for line in lines])
     assert found["figures"]["exact_match"]["value"] == pytest.approx(by_hand)

@@ -28,6 +28,13 @@ BETTER = {(one.prompt, one.better) for one in KNOWN}
 
 
 @pytest.fixture(autouse=True)
+def no_folder_of_a_judge(request, monkeypatch):
+    """Judges that follow a rule have no folder to check."""
+    if "a_reward_model" not in request.node.name and "cannot_judge" not in request.node.name:
+        monkeypatch.setattr(judge_run, "_check_judge", lambda *given: None)
+
+
+@pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     """Intervals of a bootstrap take a second each; no claim here needs them narrow."""
     monkeypatch.setattr(examination, "DRAWS", 30)
@@ -379,3 +386,13 @@ def test_the_command_prints_the_verdict_and_writes_the_report(monkeypatch, syste
     assert "is better than" in page and "sure: 1" in page
     assert main(["judge", *systems, "--judge", "any", "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["comparisons"][0]["winner"] == systems[1]
+
+
+@pytest.mark.parametrize(
+    "judge, words", [("nowhere", "no model or folder is called 'nowhere'"), ("https://example.org/v1", "needs a key")]
+)
+def test_a_judge_that_cannot_judge_costs_no_answers(monkeypatch, tmp_path, judge, words):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(judge_run, "_answers_of", None)
+    with pytest.raises(UserError, match=words):
+        judge_run.judge(["a", "b"], judge, tmp_path / "out", judge_model="big")

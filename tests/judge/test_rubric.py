@@ -50,7 +50,7 @@ def test_a_score_is_the_expectation_under_the_digits(template):
         digits = [tokenizer(space + digit, add_special_tokens=False)["input_ids"] for digit in "12345"]
         if all(len(one) == 1 for one in digits):
             shares = logps[[one[0] for one in digits]].softmax(0)
-            expected = float((shares * torch.arange(1, 6)).sum())
+            expected = float((shares * torch.arange(1, 6)).sum().detach())
             assert found[place].value == pytest.approx(expected, abs=1e-4) and found[place].tokens == len(ids) + 1
         assert 1 <= found[place].value <= 5
 
@@ -136,6 +136,7 @@ def test_the_command_prints_mean_scores(monkeypatch, tmp_path, capsys):
         return right(item) if item.prompt in {one.prompt for one in KNOWN} else 2.0 + 2 * item.answer.startswith("sure")
 
     monkeypatch.setattr(judge_run, "_open_judge", lambda *arguments: RubricJudge(Rule(score)))
+    monkeypatch.setattr(judge_run, "_check_judge", lambda *given: None)
     names = []
     for name, words in [("wrong", "no idea"), ("right", "sure")]:
         path = tmp_path / f"{name}.jsonl"

@@ -22,7 +22,7 @@ from tunesmith.data.read import hub_set
 from tunesmith.errors import TunesmithError
 from tunesmith.hub import local_store
 from tunesmith.models.heads import lm_head
-from tunesmith.runs import metrics_file
+from tunesmith.runs import assessment, metrics_file
 
 LOSS = lm_head.lm_loss
 
@@ -53,7 +53,7 @@ WORDS = {
 }
 QLORA = {"adaptation": {"type": "qlora", "r": 4}}
 EVAL = {"data.eval": {"fraction": 0.3}}
-ANSWERS = {"data.eval": {"fraction": 0.3, "generate": {"rows": 1, "max_new_tokens": 6, "metrics": ["length", "token_f1"]}}}
+ANSWERS = {"data.eval": {"fraction": 0.3, "generate": {"rows": 1, "max_new_tokens": 6, "metrics": ["length", "chrf"]}}}
 CLASSIFY = {"objective": {"type": "classify"}, "data.train.0.path": "LABELLED", "samples": None}
 TAG = {"objective": {"type": "tag"}, "data.train.0.path": "TAGGED", "samples": None, "train.max_length": 9}
 QA = {"objective": {"type": "qa", "window": 32, "stride": 0}, "data.train.0.path": "QUESTIONS", "samples": None}
@@ -214,7 +214,7 @@ CASES = [
     Case("train.report_to", ["tensorboard"], "files", needs=("tensorboard",)),
     Case("task", "summarise", "history", EVAL),
     Case("data.eval.generate", {"rows": 2, "max_new_tokens": 4}, "history", EVAL),
-    Case("data.eval.generate.rows", 2, "history", ANSWERS),
+    Case("data.eval.generate.rows", 2, "held_out", ANSWERS),
     Case("data.eval.generate.max_new_tokens", 2, "history", ANSWERS),
     Case("data.eval.generate.metrics", ["rougeL"], "history", ANSWERS),
     Case("data.eval.generate.folder", "elsewhere", "error", {"data.eval": {"fraction": 0.3, "generate": {"metrics": ["nowhere_module:f"]}}}),
@@ -346,6 +346,7 @@ def observe(made: dict[str, Any], folder: Path, datasets: str, monkeypatch: pyte
         "steps": outcome["steps"],
         "parameters": (outcome["trainable_parameters"], outcome["total_parameters"]),
         "samples": metrics_file.read(run / "samples.jsonl"),
+        "held_out": assessment.read(run),
         "data": [(one["sha256"], one["rows_kept"], one["format"]) for one in report["sources"]]
         + [report["train"], report["eval"]],
         "route": manifest["route"],

@@ -8,7 +8,7 @@ import json
 import pytest
 
 import tunesmith
-from tests.runs import history, killed_before, recipe, rows
+from tests.runs import history, killed_before, preferences, recipe, rows
 from tunesmith import recipe as recipes
 from tunesmith.errors import MetricError, RecipeError
 from tunesmith.runs import metrics_file
@@ -154,13 +154,12 @@ def test_a_function_of_the_user_measures_and_what_it_raises_stops_the_run(tmp_pa
 
 
 def test_prompts_that_fill_the_window_are_left_out_and_counted(tmp_path):
-    made = made_recipe(tmp_path)
-    long = [{"prompt": "what is the " * 400, "completion": " x"}, *rows(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
-    made["objective"] = {"type": "sft", "overlong": "truncate"}
-    made["data"]["max_unlearnable"] = 1
-    made["data"]["eval"]["generate"]["rows"] = 20
-    made["train"]["max_steps"] = 1
+    """A pair whose prompt is cut is trained on; its whole prompt has no room for an answer."""
+    made = recipe(tmp_path, objective={"type": "dpo", "overlong": "truncate"}, count=12, max_steps=1, eval_steps=1)
+    long = {"prompt": "what is the " * 400, "chosen": " x", "rejected": " y"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [long, *preferences(12)]))
+    generate = {"rows": 20, "max_new_tokens": 4, "metrics": ["token_f1"]}
+    made["data"]["eval"] = {"path": made["data"]["train"][0]["path"], "generate": generate}
     tunesmith.train(made, out=tmp_path / "run")
     notes = json.loads((tmp_path / "run" / "manifest.json").read_text())["notes"]
     assert "data.eval.generate: 1 held-out prompts fill the model's window and are not answered" in notes
