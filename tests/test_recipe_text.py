@@ -118,7 +118,12 @@ def is_exponent(value):
     return isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+[eE][-+]?[0-9]+", value)
 
 
-old = plain.filter(lambda value: not is_exponent(value))  # PyYAML leaves the word 1e3 bare; recipes always read it as a number
+def breaks_lines(value):
+    return isinstance(value, str) and set("\x85\u2028\u2029") & set(value)
+
+
+# PyYAML leaves the word 1e3 bare, which recipes always read as a number, and folds line breaks that YAML 1.2 has no longer
+old = plain.filter(lambda value: not is_exponent(value) and not breaks_lines(value))
 
 
 @settings(deadline=None)

@@ -1,16 +1,16 @@
 import importlib
-import itertools
 import json
 
 import pytest
 
-from tunesmith import adaptations, objectives, recipe
+from tests.matrix.cells import CELLS
+from tunesmith import objectives, recipe
 from tunesmith.cli import init
 from tunesmith.cli.main import main
 from tunesmith.data.read.source import open_source
 from tunesmith.recipe import text as recipe_text
 
-PAIRS = list(itertools.product(objectives.names(), adaptations.names()))
+PAIRS = sorted({(cell.objective, cell.adaptation) for cell in CELLS})
 
 
 @pytest.mark.parametrize(("objective", "adaptation"), PAIRS)

@@ -65,7 +65,9 @@ FOLDERS |= {
     name: written("chat_template.jinja", part + "{% for m in messages %}{{ m.content }}{% endfor %}")
     for name, part in TEMPLATES.items()
 }
-RENDERING = ("train", "check", "generate", "evaluate", "data lint", "data preview")
+RENDERING = (
+    "train", "check", "generate", "evaluate", "data lint", "data preview", "generate --data", "compare", "judge", "pipeline",
+)  # fmt: skip
 """Verbs that render turns; the others end well where the template alone is hostile, and chat prints the error."""
 
 NOT_READ = {"a wide layer": ("show", "data lint", "data preview"), "a deep tokenizer": ("show",)}
@@ -79,7 +81,8 @@ from tunesmith.data.encode import template_limits
 from tunesmith.models.load import load
 load.quiet()
 template_limits.SECONDS = 0.3
-root, rows, recipe, folders = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+root, rows, recipe, asked, stages, tiny = sys.argv[1:7]
+folders = json.loads(sys.argv[7])
 done = []
 for name, folder in folders.items():
     verbs = {
@@ -93,6 +96,10 @@ for name, folder in folders.items():
         "score": ["score", folder, "--data", rows],
         "merge": ["merge", folder, "--out", f"{root}/merged"],
         "data lint": ["data", "lint", rows, "--model", folder],
+        "generate --data": ["generate", folder, "--data", asked, "--max-new-tokens", "1", "--out", f"{root}/{len(done)}.jsonl"],
+        "compare": ["compare", folder, tiny, "--data", rows, "--generate", "0"],
+        "judge": ["judge", asked, asked.replace("asked", "again"), "--judge", folder, "--out", f"{root}/judged-{len(done)}"],
+        "pipeline": ["pipeline", stages, f"sft.model={folder}", "--out", f"{root}/stages-{len(done)}"],
         "data preview": ["data", "preview", rows, "--model", folder],
     }
     for verb, words in verbs.items():
@@ -120,7 +127,12 @@ def test_every_verb_ends_with_a_typed_error(names: tuple[str, ...], tmp_path: Pa
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns * 2}) + "\n")
     (tmp_path / "recipe.yaml").write_text(text.dump(made))
-    words = [str(tmp_path), str(tmp_path / "rows.jsonl"), str(tmp_path / "recipe.yaml"), json.dumps(folders)]
+    answers = [{"row": n, "prompt": f"Hi {n}", "answer": "Hello"} for n in (1, 2)]
+    for name in ("asked", "again"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers))
+    (tmp_path / "stages.yaml").write_text(text.dump({"stages": {"sft": {"recipe": str(tmp_path / "recipe.yaml")}}}))
+    files = [str(tmp_path / name) for name in ("rows.jsonl", "recipe.yaml", "asked.jsonl", "stages.yaml")]
+    words = [str(tmp_path), *files, str(tiny), json.dumps(folders)]
     done = processes.run([sys.executable, "-c", VERBS, *words], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, verb, code, seconds, megabytes, error in json.loads(done.stdout.splitlines()[-1]):

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from itertools import product
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tests.matrix.cells import OBJECTIVES
 from tests.runs import history, killed_before, recipe
 from tunesmith.errors import RecipeError
 from tunesmith.train.starting_point import _template_difference
@@ -21,7 +23,7 @@ def killed(tmp_path_factory):
         if objective not in made:
             folder = tmp_path_factory.mktemp(objective)
             adaptation = {"type": "lora", "r": 2} if objective == "sft" else "full"
-            settings = recipe(folder, "llama", objective, adaptation, save_steps=1, max_steps=2)
+            settings = recipe(folder, "llama", OBJECTIVES[objective], adaptation, save_steps=1, max_steps=2)
             killed_before(2, settings, folder / "run")
             made[objective] = settings, folder
         return made[objective]
@@ -73,8 +75,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "classify"])
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize(
+    ("objective", "what"),
+    [*product(("sft", "dpo", "classify"), CHANGES), *product(("kto", "grpo", "ppo", "reward", "cpt"), ("template", "one bit"))],
+)
 def test_a_changed_base_is_refused_with_what_changed(what, objective, killed, tmp_path):
     made, folder = killed(objective)
     change, told = CHANGES[what]

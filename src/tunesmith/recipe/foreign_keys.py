@@ -106,7 +106,7 @@ TABLE = (
           None, unknown, "fused layers are used where a check shows them equal"),
     Entry("use_cache", None, unknown, BY_ITSELF),
     # the method
-    Entry("stage task task_type rl rlhf_type rl_type trainer_type", "objective", one_of(STAGES)),
+    Entry("stage task_type rl rlhf_type rl_type trainer_type", "objective", one_of(STAGES)),
     Entry("finetuning_type train_type tuner_type sft_type peft_type peft_method tuning_method fine_tuning_type",
           "adaptation", one_of(METHODS)),
     Entry("use_peft use_lora peft",
