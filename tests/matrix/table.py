@@ -33,14 +33,17 @@ def render(batches: Mapping[Cell, str]) -> str:
 
 
 def fold(all_work: str, some_fail: str) -> str:
-    """Return the table of the declared cells: a row for each objective, a column for adaptations with equal entries."""
+    """Return the table of the declared cells: a row for each objective, a column for adaptations with equal entries.
+
+    A pair that works on no architecture has "-"."""
     columns: dict[tuple[str, ...], list[str]] = {}
     for adaptation in ADAPTATIONS:
         entries = []
         for objective in OBJECTIVES:
             fails = [name for name in ARCHITECTURES if why_not(Cell(name, objective, adaptation)) is not None]
             works = len(ARCHITECTURES) - len(fails)
-            entries.append((some_fail if fails else all_work).format(works=works, names=", ".join(fails)))
+            entry = all_work if not fails else some_fail if works else "-"
+            entries.append(entry.format(works=works, names=", ".join(fails)))
         columns.setdefault(tuple(entries), []).append(adaptation)
     rows = [[objective, *entries] for objective, entries in zip(OBJECTIVES, zip(*columns), strict=True)]
     return _markdown(["", *map(", ".join, columns.values())], rows)
