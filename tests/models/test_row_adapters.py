@@ -25,6 +25,7 @@ from tunesmith.models.generate.forward_passes import PlainPass, SlotPass
 from tunesmith.models.generate.row_adapters import ACTIVE
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.generate.sampling import SamplingParams
+from tunesmith.models.generate.slot_cache import Piece
 from tunesmith.models.load.load import load_model, locate
 from tunesmith.models.network import base
 
@@ -170,6 +171,24 @@ def test_rows_of_several_adapters_and_of_the_base_are_those_of_separate_runs(nam
         assert kernels.library() is None or (run.step is not None) == (configs is LORAS and name == "llama")
     assert len(notes) == 2 * turns and all("in turns" in note for note in notes)
     assert model.active_adapter == "two" and trained == [parameter.requires_grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("several", [1, 7])
+def test_rows_that_meet_only_when_they_decode_have_their_own_adapters(several: int) -> None:
+    """The first pass of several adapters is compared with turns, and then the step in C runs all rows."""
+    model = two_adapters(tiny_model("llama"), LORAS)
+    core, rows = model.get_base_model(), prompts(20, 12)
+    names, slots = ["one", "two"] * several, range(2 * several)
+    found = []
+    for together in (True, False):
+        run = SlotPass(core)
+        run.resize(len(slots), 32)
+        begun = [Piece(rows[slot % 2], slot, 0, name) for slot, name in zip(slots, names, strict=True)]
+        next_tokens = [Piece([7], piece.slot, piece.end, piece.adapter) for piece in begun]
+        for piece in begun:
+            run([piece])
+        found.append(run(next_tokens) if together else torch.stack([run([piece])[0] for piece in next_tokens]))
+    assert torch.allclose(*found, atol=1e-5)
 
 
 def test_a_model_that_runs_row_by_row_has_adapters_too() -> None:

@@ -131,6 +131,7 @@ class SlotPass:
             self.cache.begin(own, self.core.device)
             with self.adapters.using(adapter):
                 found |= zip(places, self._forward(own), strict=True)
+        self.cache.begin(pieces, self.core.device)  # a step in C that follows runs all of them
         return torch.stack([found[place] for place in range(len(pieces))])
 
     def _begin_slots(self) -> None:
