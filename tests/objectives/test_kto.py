@@ -291,7 +291,7 @@ def test_processes_add_their_terms(tmp_path, monkeypatch):
         monkeypatch.setattr(forward_batches, "share_by_length", lambda step, process=process: step.share(process, 2))
         monkeypatch.setattr(RunSession, "all_reduce", lambda self, value: shares.append(float(value)) or value)
         run.baseline()
-    assert math.fsum(shares) / len(ALONE) == pytest.approx(whole, rel=1e-9)
+    assert math.fsum(shares) / len(ALONE) == pytest.approx(whole, rel=1e-6)  # fp32: other batches round otherwise
 
 
 keys = st.lists(st.integers(0, 4), min_size=1, max_size=40)
