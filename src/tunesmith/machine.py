@@ -27,7 +27,7 @@ ISA_FLAGS = (
 )
 """Instruction sets that decide how fast low-precision matrix multiplication is."""
 ABOVE_AVX2 = ("avx512", "amx")
-"""How the names of the sets begin that ATEN_CPU_CAPABILITY=avx2 turns off."""
+"""Beginnings of the names of the instruction sets that ATEN_CPU_CAPABILITY=avx2 turns off."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tunesmith")
 
 
