@@ -7,7 +7,8 @@
 
 Every run is a fresh process. Neither side looks at the test rows before its training has ended; both are scored by one function on
 what they say of these rows. ``speed`` trains on the same rows in turn, ours and a plain padded loop, and gives the ratio of each
-pair. Rows a second are those of training alone; ``whole`` is everything that ``tunesmith.train`` did. The rows are ``data/`` of the
+pair, the processor's class, the rate of one large product, and the share of it that tunesmith reached. Both sides compute in bf16, or in
+fp32 on a processor without fast bf16. Rows a second are those of training alone; ``whole`` is everything that ``tunesmith.train`` did. The rows are ``data/`` of the
 shared folder ($TUNESMITH_SHARED, by default the folder ``shared`` beside the checkout): rt_polarity as it is; wnut17 and xquad in
 order, the last sentences and questions for the test. Results go to ``benchmarks/results/heads.json``, run by run.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rates
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("TUNESMITH_SHARED", ROOT.parent / "shared"))
@@ -140,6 +142,7 @@ def ours(setting: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
             "warmup_ratio": setting.get("warmup_ratio", 0.0),
             "save_steps": None,
             "eval_steps": None,
+            "precision": setting["precision"],
         },
         "seed": setting["seed"],
     }
@@ -149,7 +152,17 @@ def ours(setting: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     read = {"classify": "label", "multilabel": "labels", "tag": "tags", "qa": "answer"}[task]
     test = file_of(folder, task, "test")
     said = [one[read] for one in tunesmith.predict(found["model_dir"], test, limit=setting.get("limit"))]
-    return {**{name: found[name] for name in ("train_seconds", "peak_memory_bytes")}, "whole_seconds": whole, "said": said}
+    kept = {name: found[name] for name in ("train_seconds", "peak_memory_bytes", "tokens")}
+    return {**kept, "whole_seconds": whole, "said": said}
+
+
+def own_precision() -> str:
+    """The one that a run gets on this machine."""
+    import torch
+
+    from tunesmith.train import precision
+
+    return "bf16" if precision.choose("auto", torch.device("cpu")).compute is torch.bfloat16 else "fp32"
 
 
 def score(task: str, gold: list[Any], said: list[Any]) -> dict[str, Any]:
@@ -243,24 +256,40 @@ def compared(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def speed(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
-    """Rows a second of a full step of classification, ours and the plain loop's in turn; the median of the pairs' ratios."""
-    setting = {**RT, "epochs": 1, "limit": rows, "seed": 0}
-    pairs = []
+    """A full step of classification, ours and the plain loop's in turn: rows a second, memory, the median of the pairs' ratios."""
+    from tunesmith.models.load.load import locate
+
+    measured, model = rates.measure(own_precision()), locate(RT["model"]).network
+    print(rates.describe(measured))
+    setting = {**RT, "epochs": 1, "limit": rows, "seed": 0, "precision": measured["precision"]}
+    pairs, names = [], ("rows_per_second", "peak_memory_bytes", "share_of_matmul")
     for _ in range(rounds):
-        pair = [one_run(setting, side, folder)["rows_per_second"] for side in ("tunesmith", "peer")]
-        print(f"speed: {pair[0]:.1f} and {pair[1]:.1f} rows/s: {pair[0] / pair[1]:.2f} times", file=sys.stderr)
-        pairs.append(pair)
-    return {"rows": rows, "pairs": pairs, "ratio": float(np.median([a / b for a, b in pairs]))}
+        pair = [one_run(setting, side, folder) for side in ("tunesmith", "peer")]
+        pair[0]["share_of_matmul"] = rates.share(
+            measured, rates.training_flops(model, pair[0]["tokens"], 0, full=True), pair[0]["train_seconds"]
+        )
+        mine, theirs = (run["rows_per_second"] for run in pair)
+        share = f"{pair[0]['share_of_matmul']:.0%} of the rate of a large product"
+        print(f"speed: {mine:.1f} and {theirs:.1f} rows/s: {mine / theirs:.2f} times; {share}", file=sys.stderr)
+        pairs.append([{name: run[name] for name in names if name in run} for run in pair])
+    ratio = float(np.median([mine["rows_per_second"] / theirs["rows_per_second"] for mine, theirs in pairs]))
+    return {**measured, "rows": rows, "pairs": pairs, "ratio": ratio}
 
 
 def render(found: dict[str, Any]) -> str:
     """The tables of the page."""
     lines = []
-    if one := found.get("speed"):
-        rates = [float(np.median([pair[side] for pair in one["pairs"]])) for side in (0, 1)]
+    for name, one in found.get("speed", {}).items():
+        mine, theirs = (float(np.median([pair[side]["rows_per_second"] for pair in one["pairs"]])) for side in (0, 1))
+        peaks = [
+            [pair[side]["peak_memory_bytes"] for pair in one["pairs"] if "peak_memory_bytes" in pair[side]] for side in (0, 1)
+        ]
+        memory = f"; {max(peaks[0]) / 1e6:,.0f} and {max(peaks[1]) / 1e6:,.0f} MB" if all(peaks) else ""
+        shares = [pair[0]["share_of_matmul"] for pair in one["pairs"] if "share_of_matmul" in pair[0]]
+        reached = f"; {np.median(shares):.0%} of the rate of a large product" if shares else ""
         lines += [
-            f"A full step of classification, {one['rows']:,} rows in turn with the plain loop, {len(one['pairs'])} times: "
-            f"{rates[0]:.0f} and {rates[1]:.0f} rows/s, **{one['ratio']:.2f} times**.\n",
+            f"A full step of classification on {name}, {one['rows']:,} rows in turn with the plain loop, {len(one['pairs'])} times: "
+            f"{mine:.0f} and {theirs:.0f} rows/s, **{one['ratio']:.2f} times**{memory}{reached}.\n",
         ]
     head = ["run", "figures", "rows/s", "peak memory", "peer's figures", "rows/s", "peak memory", "apart"]
     rows = [head, ["---"] * len(head)]
@@ -292,6 +321,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="at most so many of each")
     parser.add_argument("--more", action="store_true", help="keep the runs in the results, add the seeds that they lack")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of speed")
+    parser.add_argument("--rows", type=int, default=SPEED_ROWS, help="of speed")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/speed.md")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)  # SETTING FOLDER OUT: one run of ours
     options = parser.parse_args()
@@ -305,6 +335,7 @@ def main() -> None:
     from tunesmith import machine
 
     known = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"runs": {}}
+    precision = own_precision()
 
     def keep() -> None:
         order = {name: known["runs"][name] for name in RUNS if name in known["runs"]}
@@ -314,7 +345,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         place_rows(Path(place))
         if "speed" in options.only:
-            known["speed"] = speed(Path(place), SPEED_ROWS, options.rounds)
+            of_class = speed(Path(place), options.rows, options.rounds)
+            known.setdefault("speed", {})[of_class["class"]] = of_class
             keep()
         for name, setting in RUNS.items():
             if not {name, setting["task"]} & set(options.only):
@@ -325,7 +357,7 @@ def main() -> None:
                 for side in ("tunesmith", "peer") if setting.get("peer") else ("tunesmith",):
                     if (seed, side) in done:
                         continue
-                    runs.append(one_run({**setting, "seed": seed}, side, Path(place)))
+                    runs.append(one_run({**setting, "seed": seed, "precision": precision}, side, Path(place)))
                     shown = {key: value for key, value in runs[-1].items() if key != "each"}
                     print(f"{name}: {json.dumps(shown)}", file=sys.stderr)
                     known["runs"][name] = runs

@@ -4,8 +4,9 @@
 Called by heads.py, each run a fresh process: ``heads_peer.py SETTING.json`` prints one line of JSON with what the model says of the
 test rows, the seconds of training alone and the peak memory. Nothing of tunesmith is imported. The recipes are the ones that
 transformers' own examples teach: labels on a word's first token, -100 elsewhere; windows of a context with the answer at place 0
-where a window has none, and the best pair of 20 starts and 20 ends. Full fine-tuning is bf16 autocast over fp32 weights; LoRA is
-peft's on a frozen body of bf16, its new head in fp32 under the same autocast. Padding goes to the longest row of a batch.
+where a window has none, and the best pair of 20 starts and 20 ends. In bf16, full fine-tuning is autocast over fp32
+weights, and LoRA is peft's on a frozen body of bf16, its new head in fp32 under the same autocast; in fp32 all is fp32. Padding goes to
+the longest row of a batch.
 """
 
 from __future__ import annotations
@@ -60,11 +61,16 @@ def network(setting: dict[str, Any], auto: Any, **head: Any) -> Any:
 
     kind = "TOKEN_CLS" if setting["task"] == "tag" else "QUESTION_ANS"
     plan = LoraConfig(r=8, lora_alpha=16, target_modules=LAYERS, task_type=kind)
-    model = get_peft_model(model.bfloat16(), plan)
+    model = get_peft_model(model.bfloat16() if setting["precision"] == "bf16" else model, plan)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def autocast(setting: dict[str, Any]) -> torch.autocast:
+    """bf16 in the run's precision."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=setting["precision"] == "bf16")
 
 
 def trained(setting: dict[str, Any], model: Any, rows: list[dict[str, Any]], collator: Any) -> float:
@@ -72,8 +78,8 @@ def trained(setting: dict[str, Any], model: Any, rows: list[dict[str, Any]], col
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(), num_train_epochs=setting["epochs"], learning_rate=setting["learning_rate"],
         per_device_train_batch_size=setting["batch_size"], lr_scheduler_type="linear", warmup_steps=setting["warmup_ratio"],
-        weight_decay=0.0, bf16=True, use_cpu=not torch.cuda.is_available(), seed=setting["seed"], save_strategy="no",
-        report_to="none", logging_steps=10_000, disable_tqdm=True,
+        weight_decay=0.0, bf16=setting["precision"] == "bf16", use_cpu=not torch.cuda.is_available(), seed=setting["seed"],
+        save_strategy="no", report_to="none", logging_steps=10_000, disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
     started = time.perf_counter()
@@ -81,11 +87,13 @@ def trained(setting: dict[str, Any], model: Any, rows: list[dict[str, Any]], col
     return time.perf_counter() - started
 
 
-def logits_of(model: Any, rows: list[dict[str, Any]], collator: Any, names: tuple[str, ...]) -> list[tuple[torch.Tensor, ...]]:
+def logits_of(
+    setting: dict[str, Any], model: Any, rows: list[dict[str, Any]], collator: Any, names: tuple[str, ...]
+) -> list[tuple[torch.Tensor, ...]]:
     """The named outputs for each row, without padding; on the right side batches of 16."""
     model.eval()
     found = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast(setting):
         for start in range(0, len(rows), 16):
             some = rows[start : start + 16]
             out = model(**collator(some))
@@ -117,7 +125,7 @@ def classify(setting: dict[str, Any]) -> tuple[float, list[Any]]:
             some = [train[number] for number in order[start : start + size]]
             batch = tokenizer([row["text"] for row in some], padding=True, return_tensors="pt")
             labels = torch.tensor([names.index(row["label"]) for row in some])
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast(setting):
                 loss = model(**batch, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -127,7 +135,7 @@ def classify(setting: dict[str, Any]) -> tuple[float, list[Any]]:
     seconds = time.perf_counter() - started
     model.eval()
     said = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast(setting):
         for start in range(0, len(test), 64):
             batch = tokenizer([row["text"] for row in test[start : start + 64]], padding=True, return_tensors="pt")
             said += [names[number] for number in model(**batch).logits.argmax(-1).tolist()]
@@ -176,7 +184,9 @@ def tag(setting: dict[str, Any]) -> tuple[float, list[Any]]:
     collator = DataCollatorForTokenClassification(tokenizer)
     seconds = trained(setting, model, rows, collator)
     said = []
-    for (logits,), first, (words, _) in zip(logits_of(model, held_out, collator, ("logits",)), firsts, test, strict=True):
+    for (logits,), first, (words, _) in zip(
+        logits_of(setting, model, held_out, collator, ("logits",)), firsts, test, strict=True
+    ):
         tags = [names[int(logits[place].argmax())] for place in first]
         said.append(tags + ["O"] * (len(words) - len(tags)))
     return seconds, said
@@ -226,7 +236,7 @@ def qa(setting: dict[str, Any]) -> tuple[float, list[Any]]:
     seconds = trained(setting, model, rows, collator)
     best: list[tuple[float, str]] = [(float("-inf"), "")] * len(test)
     for (start, end), (number, offsets) in zip(
-        logits_of(model, held_out, collator, ("start_logits", "end_logits")), places, strict=True
+        logits_of(setting, model, held_out, collator, ("start_logits", "end_logits")), places, strict=True
     ):
         for first in start.argsort(descending=True)[:BEST].tolist():
             for last in end.argsort(descending=True)[:BEST].tolist():
@@ -242,7 +252,8 @@ def main() -> None:
     setting = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     before = high_water()
     set_seed(setting["seed"])
-    torch.set_float32_matmul_precision("medium")
+    if setting["precision"] == "bf16":
+        torch.set_float32_matmul_precision("medium")
     seconds, said = {"classify": classify, "tag": tag, "qa": qa}[setting["task"]](setting)
     print(json.dumps({"train_seconds": seconds, "peak_memory_bytes": high_water() - before, "said": said}))
 

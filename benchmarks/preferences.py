@@ -8,7 +8,8 @@
 
 Every run is a fresh process: SmolLM2-135M with LoRA, both sides with the same rows, rank, rate, schedule, length and batches of 8.
 ``speed`` trains on the same rows in turn and gives the ratio of each pair; TRL runs with one row in a micro-batch (its
-setting of eight rows of like length cannot be had: transformers groups by `input_ids`, which its rows of pairs lack). For DPO both
+setting of eight rows of like length cannot be had: transformers groups by `input_ids`, which its rows of pairs lack). It also prints the
+processor's class, the rate of one large product, and the share of it that tunesmith reached. For DPO both
 sides count their pass of the reference. Rows decide: a row is the same work to either side, however often it reads the prompt. None of
 the 24 is longer than ``max_length``. Of the 240 of ``quality`` some are: TRL's reward trainer leaves them out, its DPO cuts answers from
 the right; here the prompt is cut from the left.
@@ -39,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rates
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("TUNESMITH_SHARED", ROOT.parent / "shared"))
@@ -49,12 +51,17 @@ BEGIN, END = "<!-- preferences: begin -->\n", "<!-- preferences: end -->"
 TASKS = {"dpo": 5e-5, "reward": 2e-4}
 """Task and its rate, the one of bench/peers.py."""
 
-ASKED = {"dpo": 3.5, "reward": 2.5}
-"""Times the peer's rows a second that the project asks for."""
+ASKED = {
+    "AVX2": {"dpo": 3.5, "reward": 3.0},
+    "AVX512-BF16": {"dpo": 3.8, "reward": 3.0},
+    "AMX": {"dpo": 4.0, "reward": 3.5},
+}
+"""Times the peer's rows a second that the project asks for on a processor of each class."""
 
 LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 MODEL, LENGTH = "smollm2-135m", 2048
 TRAIN, SEEDS, SPEED_ROWS, ROUNDS = 240, 3, 24, 3
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 # --------------------------------------------------------------------------------------------------------------- the rows
@@ -115,23 +122,10 @@ def own_precision() -> str:
     return "bf16" if precision.choose("auto", torch.device("cpu")).compute is torch.bfloat16 else "fp32"
 
 
-def peer_in_fp32(arguments: list[str]) -> None:
-    """Run bench/peers.py, whose LoRA has bf16 weights, with weights in fp32."""
-    import runpy
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-        read = auto.from_pretrained
-        auto.from_pretrained = lambda *where, read=read, **options: read(*where, **{**options, "dtype": torch.float32})
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
-
-
 def ours(task: str, data: Path, rows: int, seed: int, out: Path, precision: str) -> dict[str, Any]:
     """One run of tunesmith, in this process."""
     import tunesmith
+    from tunesmith.models.load.load import locate
 
     recipe = {
         "model": MODEL,
@@ -152,13 +146,33 @@ def ours(task: str, data: Path, rows: int, seed: int, out: Path, precision: str)
     started = time.perf_counter()
     found = tunesmith.train(recipe, out=out)
     seconds = found["train_seconds"] + found.get("reference_seconds", 0.0)
+    dpo = task == "dpo"
+    flops = rates.training_flops(locate(MODEL).network, found["tokens"], answer_tokens(data, rows) if dpo else 0, False, dpo)
     return {
         "seconds": seconds,
         "rows_per_second": rows / seconds,
         "whole_seconds": time.perf_counter() - started,
         "peak_memory_bytes": found["peak_memory_bytes"],
+        "flops": flops,
         "model": found["model_dir"],
     }
+
+
+def answer_tokens(data: Path, rows: int) -> int:
+    """Tokens of both answers of the first rows, which go through the vocabulary projection; none of them is cut."""
+    from transformers import AutoTokenizer
+
+    from tunesmith.models.load.load import locate
+
+    tokenizer = AutoTokenizer.from_pretrained(locate(MODEL).path)
+    total = 0
+    for row in json.loads(data.read_text("utf-8"))[:rows]:
+        turns = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        prompt = len(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        for name in ("chosen", "rejected"):
+            answer = [*turns, {"role": "assistant", "content": row[name]["value"]}]
+            total += len(tokenizer.apply_chat_template(answer, return_dict=False)) - prompt
+    return total
 
 
 def fresh(*command: str) -> dict[str, Any]:
@@ -178,9 +192,8 @@ def one_run(task: str, side: str, data: Path, rows: int, seed: int, out: Path, p
     from tunesmith.models.load.load import locate
 
     found = fresh(
-        *([__file__, "--peer-in-fp32"] if precision == "fp32" else []), str(SHARED / "bench" / "peers.py"),
-        task, "--setting", "tuned-1", "--model", str(locate(MODEL).path), "--data", str(data),
-        "--rows", str(rows), "--max-length", str(LENGTH), "--save", str(out),
+        str(SHARED / "bench" / "peers.py"), task, "--setting", "tuned-1", "--precision", precision,
+        "--model", str(locate(MODEL).path), "--data", str(data), "--rows", str(rows), "--max-length", str(LENGTH), "--save", str(out),
     )  # fmt: skip
     seconds = found["seconds"] + (found["construct_seconds"] if task == "dpo" else 0.0)
     return {
@@ -212,10 +225,9 @@ def score(task: str, data: Path, adapter: str | None) -> dict[str, Any]:
         model.config.pad_token_id = tokenizer.pad_token_id
     body = model.model  # without the layer that reads the vocabulary; adapters go into its modules
     model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
-    roles = {"human": "user", "gpt": "assistant", "system": "system"}
     read, tokens = [], []
     for row in json.loads(data.read_text("utf-8"))[TRAIN:]:
-        turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        turns = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         both = []
         with torch.no_grad():
@@ -309,15 +321,19 @@ def interval(values: Any, draws: int = 10_000) -> tuple[float, float, float]:
 # ------------------------------------------------------------------------------------------------------------ in numbers
 
 
-def speed(task: str, rounds: int, known: dict[str, Any], keep: Any) -> None:
-    """Rows a second in turn on the first rows of the file."""
-    data, rows, precision = SHARED / "data" / "dpo_en_demo.json", SPEED_ROWS, own_precision()
+def speed(task: str, rounds: int, measured: dict[str, Any], known: dict[str, Any], keep: Any) -> None:
+    """Rows a second in turn on the first rows of the file; ``measured``: see ``rates.measure``."""
+    data, rows, precision = SHARED / "data" / "dpo_en_demo.json", SPEED_ROWS, measured["precision"]
 
     def run(side: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             found = one_run(task, side, data, rows, 0, Path(place) / "out", precision)
         del found["model"]
-        print(f"{task} {side}: {found['rows_per_second']:.3f} rows/s, {found['seconds']:.1f} s", file=sys.stderr)
+        words = f"{task} {side}: {found['rows_per_second']:.3f} rows/s, {found['seconds']:.1f} s"
+        if side == "tunesmith":
+            found["share_of_matmul"] = rates.share(measured, found["flops"], found["seconds"])
+            words += f", {found['share_of_matmul']:.0%} of the rate of a large product"
+        print(words, file=sys.stderr)
         return found
 
     pairs: list[Any] = []
@@ -327,20 +343,35 @@ def speed(task: str, rounds: int, known: dict[str, Any], keep: Any) -> None:
         keep()
 
 
-def rates(one: dict[str, Any]) -> list[tuple[float, float]]:
-    """Rows a second of each round: ours and TRL's."""
+def rows_per_second(one: dict[str, Any]) -> list[tuple[float, float]]:
+    """Ours and TRL's of each round."""
     return [(mine["rows_per_second"], theirs["rows_per_second"]) for mine, theirs in one["pairs"]]
 
 
 def render(found: dict[str, Any]) -> str:
     """The tables of the page."""
-    rows = [["task", "rows/s", "TRL's rows/s", "times", "asked", "peak memory", "TRL's peak memory"], ["---"] * 7]
-    for task, one in found.get("speed", {}).items():
-        mine, theirs = (float(np.median(side)) for side in zip(*rates(one), strict=True))
-        ratios = [a / b for a, b in rates(one)]
+    head = [
+        "processor",
+        "task",
+        "rows/s",
+        "TRL's rows/s",
+        "times",
+        "asked",
+        "of the matmul rate",
+        "peak memory",
+        "TRL's peak memory",
+    ]
+    rows = [head, ["---"] * len(head)]
+    for name, task, one in (
+        (name, task, runs[task]) for name, runs in found.get("speed", {}).items() for task in TASKS if task in runs
+    ):
+        mine, theirs = (float(np.median(side)) for side in zip(*rows_per_second(one), strict=True))
+        ratios = [a / b for a, b in rows_per_second(one)]
         peak = [max(pair[side]["peak_memory_bytes"] for pair in one["pairs"]) / 1e6 for side in (0, 1)]
         times = f"**{np.median(ratios):.2f}** ({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
-        rows.append([task, f"{mine:.3f}", f"{theirs:.3f}", times, f"{ASKED[task]}", f"{peak[0]:,.0f} MB", f"{peak[1]:,.0f} MB"])
+        shares = [pair[0]["share_of_matmul"] for pair in one["pairs"] if "share_of_matmul" in pair[0]]
+        cells = [name, task, f"{mine:.3f}", f"{theirs:.3f}", times, f"{ASKED.get(name.split()[0], {}).get(task, '')}"]
+        rows.append([*cells, f"{np.median(shares):.0%}" if shares else "", *(f"{bytes:,.0f} MB" for bytes in peak)])
     lines = ["| " + " | ".join(row) + " |" for row in rows] + [""]
     rows = [["held-out pairs", "seeds", "accuracy", "margin"], ["---"] * 4]
     cuts = sorted({run["cut"] for runs in found.get("quality", {}).values() for run in runs})
@@ -386,14 +417,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/speed.md")
     parser.add_argument("--run", nargs=6, help=argparse.SUPPRESS)  # TASK DATA ROWS SEED OUT PRECISION: one run of ours
     parser.add_argument("--score", nargs="+", help=argparse.SUPPRESS)  # TASK DATA [ADAPTER]: of the held-out pairs
-    parser.add_argument("--peer-in-fp32", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # FILE ARGUMENT...: bench/peers.py
     options = parser.parse_args()
     if options.run:
         task, data, rows, seed, out, precision = options.run
         print(json.dumps(ours(task, Path(data), int(rows), int(seed), Path(out), precision)))
-        return
-    if options.peer_in_fp32:
-        peer_in_fp32(options.peer_in_fp32)
         return
     if options.score:
         task, data, *adapter = options.score
@@ -409,11 +436,14 @@ def main() -> None:
     def keep() -> None:
         RESULTS.write_text(json.dumps(known) + "\n", "utf-8")
 
-    for task in options.task if "speed" in options.only else ():
-        of_speed = known.setdefault("speed", {})
-        if not (options.more and len(of_speed.get(task, {}).get("pairs", ())) >= options.rounds):
-            known["machine"] = machine.describe()  # of the rates; a run of quality has its own line
-            speed(task, options.rounds, of_speed, keep)
+    if "speed" in options.only:
+        measured = rates.measure(own_precision())
+        print(rates.describe(measured))
+        of_speed = known.setdefault("speed", {}).setdefault(measured["class"], {})
+        for task in options.task:
+            if not (options.more and len(of_speed.get(task, {}).get("pairs", ())) >= options.rounds):
+                of_speed |= {"machine": machine.describe(), **measured}  # a run of quality has its own line
+                speed(task, options.rounds, measured, of_speed, keep)
     if "quality" in options.only:
         all_of_quality(options, known, keep)
     table = render(known)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.matrix.cells import ADAPTATIONS, OBJECTIVES
 
@@ -104,3 +105,22 @@ def test_a_record_goes_into_an_empty_folder(recorded, tmp_path):
         recorded.record(tmp_path)
     with pytest.raises(SystemExit, match="no record in"):
         recorded.compare(tmp_path, tmp_path)
+
+
+def test_the_flops_of_a_run_are_its_products_with_weights(tmp_path):
+    """Forward and gradient of the input take the same; a full run adds the gradient of the weights, a reference one forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import save_tiny
+
+    folder, rates = save_tiny("llama", tmp_path / "model"), script("rates")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(1, 10, dtype=torch.int64), logits_to_keep=4)
+    counts = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    forward = counts["aten.mm"]
+    assert rates.training_flops(folder, 10, 4, full=False) == 2 * forward
+    assert rates.training_flops(folder, 10, 4, full=True, reference=True) == 4 * forward
+    measured = {"matmul_flops": 8.0 * forward}
+    assert rates.share(measured, 2 * forward, seconds=0.5) == 0.5
