@@ -6,8 +6,13 @@
 
 Ours and the peers' runs see the same model, rows, length, rank, rate and schedule. Tokens are counted without padding. Peak memory is
 the process's high-water mark less what it held before the model was loaded. One plain scorer (transformers in fp32, row by row)
-gives the loss of every saved model on the rows after the training rows. The peers are run by ``bench/peers.py`` of the shared
+gives the loss of every saved model on the rows after the training rows. Our run's process also measures the rate of one large
+matrix product in the run's number format: ``share_of_matmul`` is the part of that rate that the products of training reached
+(``rates.training_flops``), whatever else the run did. The peers are run by ``bench/peers.py`` of the shared
 folder ($TUNESMITH_SHARED, by default the folder ``shared`` beside the checkout). Results go to ``benchmarks/results/`` as JSON.
+
+A processor without AVX-512 is emulated with ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2``. The
+peers then compute in fp32, too, which is faster there.
 """
 
 from __future__ import annotations
@@ -39,11 +44,31 @@ def ours(model: str, data: Path, rows: int, adaptation: str, save: Path) -> dict
         "samples": {"count": 0},
     }
     outcome = tunesmith.train(recipe, out=save)
+    manifest = json.loads((save / "manifest.json").read_text(encoding="utf-8"))
     return {
         "peer": "tunesmith", "adaptation": adaptation, "setting": "default", "rows": rows, "tokens": outcome["tokens"],
         "seconds": outcome["train_seconds"], "tokens_per_second": outcome["tokens_per_second"],
         "peak_memory_bytes": outcome["peak_memory_bytes"], "model": outcome["model_dir"],
+        "micro_batch_tokens": manifest["micro_batch_tokens"],
+        **share_of_matmul(recipe, manifest["precision"]["compute"], outcome["train_seconds"]),
     }  # fmt: skip
+
+
+def share_of_matmul(recipe: dict, precision: str, seconds: float) -> dict:
+    """The class of the processor, the rate of a large matrix product, and the share of it that training reached."""
+    import rates
+    import torch
+
+    from tunesmith import recipe as recipes
+    from tunesmith.train import setup
+
+    ready = setup.read(recipes.parse(recipe), torch.device("cpu"), lambda line: None)
+    rows = [ready.data.train[number] for number in range(len(ready.data.train))]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    targets = sum(int(row["supervised"][1:].sum()) for row in rows)
+    measured = rates.measure({"float32": "fp32", "bfloat16": "bf16"}[precision])
+    flops = rates.training_flops(ready.model_folder.network, tokens, targets, recipe["adaptation"] == "full")
+    return {**measured, "share_of_matmul": rates.share(measured, flops, seconds)}
 
 
 def score(folder: Path, base: str, data: Path, start: int, rows: int) -> float:
@@ -89,13 +114,20 @@ def one_round(model: str, data: Path, rows: int, eval_rows: int, adaptation: str
         save = folder / f"{peer}-{setting}"
         run = fresh(
             str(SHARED / "bench" / "peers.py"), "sft", "--peer", peer, "--setting", setting, "--model", model, "--data", str(data),
-            "--rows", str(rows), "--adaptation", adaptation, "--save", str(save),
+            "--rows", str(rows), "--adaptation", adaptation, "--save", str(save), "--precision", peers_precision(),
         )  # fmt: skip
         runs.append({**run, "model": str(save)})
     for run in runs:
         run["eval_loss"] = fresh(*me, "--score", run.pop("model"))["eval_loss"]
         print(json.dumps(run), file=sys.stderr)
     return runs
+
+
+def peers_precision() -> str:
+    """The peers choose by /proc/cpuinfo, which still lists what an emulation turned off."""
+    from tunesmith import machine
+
+    return "fp32" if machine.emulates_avx2() else "auto"
 
 
 def compare(runs: list[dict]) -> dict:
@@ -107,6 +139,10 @@ def compare(runs: list[dict]) -> dict:
     best = max(mine, key=lambda run: run["tokens_per_second"])
     return {
         "adaptation": best["adaptation"],
+        "class": best["class"],
+        "precision": best["precision"],
+        "matmul_flops": best["matmul_flops"],
+        "share_of_matmul": best["share_of_matmul"],
         "tokens_per_second": best["tokens_per_second"],
         "best_peer": f"{fastest['peer']} {fastest['setting']}",
         "best_peer_tokens_per_second": fastest["tokens_per_second"],
@@ -139,6 +175,7 @@ def main() -> None:
         print(json.dumps({"eval_loss": score(options.score, options.model, options.data, options.rows, options.eval_rows)}))
         return
 
+    import rates
     from rich.console import Console
     from rich.table import Table
 
@@ -162,9 +199,11 @@ def main() -> None:
         Console(width=100).print(table)
         found = results[-1]["comparison"]
         print(f"{adaptation}: {found['ratio']:.2f} times the best peer ({found['best_peer']})")
+        print(f"{adaptation}: {rates.describe(found)}, of which training reached {found['share_of_matmul']:.0%}")
     target = ROOT / "benchmarks" / "results"
     target.mkdir(exist_ok=True)
-    name = f"sft-{options.adaptation or 'all'}-{options.rows}.json"
+    processor = machine.processor_class().split()[0].lower()  # of an emulated one, too: the file says so
+    name = f"sft-{options.adaptation or 'all'}-{options.rows}-{processor}.json"
     (target / name).write_text(json.dumps({"machine": machine.describe(), "model": options.model, "results": results}, indent=1))
     print(f"written to {target / name}")
 
