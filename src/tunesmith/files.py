@@ -62,7 +62,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def naming_full_disk(path: Path) -> Iterator[None]:
+def naming_full_disk(path: Path | str) -> Iterator[None]:
     """Raise DiskFullError with ``path`` when the disk fills up in this block, DiskError when it breaks."""
     try:
         yield

@@ -160,12 +160,28 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(verb: str, size: in
         assert run(words)[0] == 0  # the same command goes on, or begins again
 
 
-@pytest.mark.parametrize("words", [["init", "sft", "--out", "r.yaml"],
-                                   ["data", "build", "docstrings", "--rows", "20", "--out", "d.jsonl"]], ids=lambda words: words[0])  # fmt: skip
-def test_a_full_disk_leaves_no_part_of_a_file(
-    words: list[str], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+FILES = {
+    "init": ["init", "sft", "--out", "r.yaml"],
+    "build": ["data", "build", "docstrings", "--rows", "20", "--out", "d.jsonl"],
+    "lint": ["data", "lint", "{made}/asked.jsonl", "--near-duplicates", "--write", "w.jsonl"],
+    "runs compare": ["runs", "compare", "{made}/base-run", "{made}/adapter-run"],
+    "runs reproduce": ["runs", "reproduce", "{made}/base-run", "--out", "again"],
+}
+
+
+@pytest.mark.parametrize("verb", FILES)
+def test_a_full_disk_leaves_no_part_of_a_file(verb: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code, answer = in_fork(lambda: limited(200, words))
-    assert (code, answer[0]) == (0, 3) and "no room left to write" in answer[1], answer
-    assert list(tmp_path.iterdir()) == []
+    words = [word.format(made=made) for word in FILES[verb]]
+    code, answer = in_fork(lambda: limited(20, words))  # the chart of a test is one pixel
+    assert (code, answer[0]) == (0, 3) and "no room" in answer[1], answer
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
+
+
+def test_a_full_disk_leaves_the_record_of_a_model_as_it_was(made: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(made / "base-run" / "model", tmp_path / "model")
+    (copy / "note.txt").write_text("new")
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    code, answer = in_fork(lambda: limited(200, ["verify", str(copy), "--accept"]))
+    assert (code, answer[0]) == (0, 3) and "tunesmith.json" in answer[1], answer
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before

@@ -1,10 +1,13 @@
 import json
 import math
+import sys
 from pathlib import Path
 
+import pytest
 from rich.table import Table
 
 from tunesmith.cli import output
+from tunesmith.cli.main import main
 
 
 def test_result_as_json_is_one_plain_object(capsys):
@@ -49,3 +52,22 @@ def test_facts_in_a_pipe_keep_a_line_each(capsys):
     table.add_row("path", "/a folder/" * 60)
     output.print_result({}, human=lambda _: table)
     assert "/a folder/" * 60 in capsys.readouterr().out
+
+
+FULL = Path("/dev/full")
+BUILD = ["data", "build", "docstrings", "--rows", "3", "--out", "-"]  # few rows: Python holds them back until it ends
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    "words", [["--version"], ["runs", "list"], ["runs", "list", "--json"], ["show", "nothing", "--json"], BUILD], ids=" ".join
+)
+def test_a_result_that_a_full_disk_swallows_is_an_error(words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with FULL.open("w") as stdout:  # closing it fails where text is left, as the end of the interpreter does
+        monkeypatch.setattr(sys, "stdout", stdout)
+        code = main(words)
+    said = capsys.readouterr().err
+    assert (code, "bug in tunesmith" in said) == (2 if "nothing" in words else 3, False), said
+    assert said.count("standard output: No space left on device") == ("nothing" not in words), said

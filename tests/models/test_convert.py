@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import sys
 import traceback
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tunesmith
+from tests.kill_points import in_fork
 from tests.tiny import save_tiny, tiny_config
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError, UserError
@@ -282,3 +284,15 @@ def test_a_config_of_another_kind_of_model_is_checked_too(tmp_path):
     config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     assert convert(folder)["tensors"] == len(model.state_dict())
+
+
+def test_a_full_disk_in_the_other_process_is_named_as_such(pickled, tmp_path):
+    folder, _, _ = pickled()
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))  # settings fit, weights do not
+        convert(folder, tmp_path / "new")
+
+    code, answer = in_fork(limited)
+    assert (code, answer.partition(":")[0]) == (3, "DiskFullError"), answer
+    assert not (tmp_path / "new").exists() and [path.name for path in tmp_path.iterdir()] == ["old"]

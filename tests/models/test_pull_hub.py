@@ -1,10 +1,12 @@
 """Pulling models from a Hub: complete or not at all, continued after an interruption, verified; refusals are explained."""
 
 import hashlib
+import resource
 
 import pytest
 
 from tests.fake_hub import FakeHub
+from tests.kill_points import in_fork
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
@@ -149,3 +151,16 @@ def test_an_unreachable_hub_is_reported_once_with_a_remedy(hub, monkeypatch, cap
     said = capsys.readouterr().err
     assert said.count("the Hub could not be used") == 1 and said.count("Check the connection") == 1
     assert "copy the folder" in said and "unchanged" in said
+
+
+def test_a_full_disk_is_no_fault_of_the_connection(hub, tmp_path):
+    """The process that downloads meets it; what arrived is kept, and pulled no second time."""
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))  # settings fit, weights do not
+        pull(source="hub")
+
+    code, answer = in_fork(limited)
+    assert (code, answer.partition(":")[0]) == (3, "DiskFullError"), answer
+    assert "Check the connection" not in answer
+    assert pull()[0].is_dir()

@@ -84,7 +84,14 @@ Reporter = Callable[[BaseException, int, bool], int]
 
 
 def main(argv: list[str] | None = None, report: Reporter = output.report_error) -> int:
-    """Run one command line. Returns 0 done, 1 a bug, 2 wrong input, 3 training stopped itself, 130 interrupted."""
+    """Run one command line. Returns 0 done, 1 a bug, 2 wrong input, 3 training stopped itself, 130 interrupted.
+
+    Text that stdout holds back is written before the return, so that a full disk cannot swallow a result."""
+    code, full = _run(argv, report), output.disk_error()
+    return report(full, full.exit_code, False) if full and not code else code
+
+
+def _run(argv: list[str] | None, report: Reporter) -> int:
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
     debug = bool(os.environ.get("TUNESMITH_DEBUG"))
@@ -113,7 +120,7 @@ def main(argv: list[str] | None = None, report: Reporter = output.report_error) 
         return report(KeyboardInterrupt("interrupted"), 130, as_json)
     except Exception as error:  # noqa: BLE001 - every other exception is a bug in tunesmith, or a full disk
         path = error.filename if isinstance(error, OSError) else None
-        if full := files.disk_error(error, path or "a file"):
+        if full := files.disk_error(error, path or f"a file or {output.STDOUT}"):
             return report(full, full.exit_code, as_json)
         return report(_bug_report(error, debug), 1, as_json)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
@@ -16,11 +17,16 @@ from typing import TextIO
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from tunesmith import files
+from tunesmith.errors import DiskError
 from tunesmith.json_types import JsonObject
 from tunesmith.runs.metrics_file import to_json
 
 WIDE = 10_000
 """Width in columns of a table that is written to a file or a pipe, so that no line is broken."""
+
+STDOUT = "standard output"
+"""Its name in an error."""
 
 Printed = RenderableType | list[RenderableType] | None
 """Strings (printed without reading markup, since a path may hold brackets) and rich renderables."""
@@ -55,12 +61,14 @@ def print_result(
     """
     if as_json:
         stream = _stdout or sys.stdout
-        stream.write(json_line(facts))
-        stream.flush()
+        with files.naming_full_disk(STDOUT):
+            stream.write(json_line(facts))
+            stream.flush()
         return
     shown = human(facts) if human else "\n".join(f"{key}: {value}" for key, value in facts.items())
     if shown is not None:
-        _print(Console(highlight=False), shown if isinstance(shown, list) else [shown])
+        with files.naming_full_disk(STDOUT):
+            _print(Console(highlight=False), shown if isinstance(shown, list) else [shown])
 
 
 def filled_columns(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
@@ -75,11 +83,27 @@ def filled_columns(heads: Sequence[str], rows: Sequence[Sequence[str]], title: s
 def report_error(error: BaseException, exit_code: int, as_json: bool = False) -> int:
     """Print ``error`` to stderr, under --json also ``{"error": {...}}`` to stdout. Returns ``exit_code``."""
     message = str(error) or type(error).__name__
-    print_stderr(f"error: {message}")
+    with contextlib.suppress(OSError):  # one of the two may be a file on a full disk
+        print_stderr(f"error: {message}")
     if as_json:
         facts = {"type": type(error).__name__, "message": message, "exit_code": exit_code}
-        print_result({"error": facts}, as_json=True)
+        with contextlib.suppress(OSError, DiskError):
+            print_result({"error": facts}, as_json=True)
     return exit_code
+
+
+def disk_error() -> DiskError | None:
+    """Write out what stdout holds back; return the error of a full disk.
+
+    Text that cannot be written is dropped: Python would try once more when it ends, and exit with 120."""
+    try:
+        if sys.stdout is not None:  # the shell may have closed it
+            sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        return files.disk_error(error, STDOUT)
+    return None
 
 
 @contextlib.contextmanager

@@ -84,8 +84,9 @@ class AnswerFile:
 
     def __exit__(self, *raised: object) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with files.naming_full_disk(partial_path(self.out)):  # the last write may have failed
+                file.close()
 
     def has(self, index: int) -> bool:
         return self._offsets[index] >= 0

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from tunesmith.errors import UserError
+from tunesmith.files import disk_error
 from tunesmith.hub import local_store
 from tunesmith.hub.client import REFUSED, HubFile
 from tunesmith.hub.local_store import DamagedFile
@@ -74,7 +75,9 @@ def ask(
     stdin: str = "",
     private: Mapping[str, str] | None = None,
 ) -> JsonObject:
-    """The answer of ``program``, one JSON object or {}. ``private``: variables for it. Raises HubError."""
+    """The answer of ``program``, one JSON object or {}. ``private``: variables for it.
+
+    Raises HubError, DiskFullError."""
     shows_progress = question[0] == "download"  # on stderr
     try:
         done = subprocess.run(
@@ -91,6 +94,8 @@ def ask(
     if done.returncode not in (0, REFUSED):
         raise HubUnreachable(f"the Hub could not be used: {last_line(done.stderr)}")
     answer: JsonObject = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+    if "disk" in answer and (full := disk_error(OSError(answer["disk"], ""), "the files of the Hub")):
+        raise full
     if done.returncode == REFUSED:
         raise HubError(answer["error"])
     return answer

@@ -5,7 +5,8 @@ hangs, and so that the process which trains or generates stays offline. An incom
 ``NAME.part``; the next download into the same folder requests only the rest of it. The Hub's client no longer
 resumes (huggingface_hub 2 discards an interrupted file), but its ``http_get`` can append to a file.
 
-The last line on stdout is one JSON object, ``{"error": ...}`` if the Hub refused.
+The last line on stdout is one JSON object, ``{"error": ...}`` if the Hub refused, ``{"disk": error number}`` if the
+disk did.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
 
+from tunesmith import files
+
 REFUSED = 3
-"""Exit code if the Hub answered that it refuses."""
+"""Exit code if the Hub answered that it refuses, or if the disk accepts no more."""
 
 KINDS = {"model": "model", "dataset": "data set"}
 
@@ -104,6 +107,11 @@ def main(verb: str, kind: str, repo: str, revision: str, *rest: str) -> int:
             download(kind, repo, revision, Path(rest[0]), json.load(sys.stdin))
     except HfHubHTTPError as error:
         print(json.dumps({"error": refusal(error, kind, repo, revision or None)}))
+        return REFUSED
+    except OSError as error:
+        if files.disk_error(error, repo) is None:
+            raise
+        print(json.dumps({"disk": error.errno}))
         return REFUSED
     return 0
 

@@ -125,7 +125,7 @@ def _unpickle(
         stderr = errors.read().strip()
     job.unlink()
     if process.returncode:
-        raise _unpickle_error(pickles, stderr)
+        raise files.disk_error(RuntimeError(stderr), targets[0]) or _unpickle_error(pickles, stderr)
     return written
 
 
