@@ -16,6 +16,7 @@ from tests.runs import history, recipe, weights
 from tunesmith.models.find.locate import locate
 from tunesmith.rollout import reward_adapter, reward_models
 from tunesmith.runs import run_folder
+from tunesmith.runs.figure_format import size
 from tunesmith.train import weights_at_start
 
 LORA = {"type": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -113,8 +114,11 @@ def test_only_the_policys_adapter_is_saved(runs, kind):
 def test_the_run_reports_whether_the_reward_model_is_attached_and_why_not(runs):
     folder, _ = runs
     shared, alone = (run_folder.read_mapping(folder / f"grpo-{name}" / "manifest.json")["notes"] for name in ("shared", "alone"))
-    assert f"reward model {folder / 'rm'}: attached to the policy's network as a second adapter" in shared
-    assert f"reward model {folder / 'rm'}: loaded as a second network, because share_base is false" in alone
+    adapter = sum(value.numel() for value in load_file(locate(folder / "rm").path / "adapter_model.safetensors").values())
+    whole = adapter + sum(value.numel() for value in load_file(locate(folder / "rm").base / "model.safetensors").values())
+    name = f"reward model {folder / 'rm'}: "
+    assert f"{name}attached to the policy's network as a second adapter; {size(4 * adapter)} ({adapter:,} parameters)" in shared
+    assert f"{name}loaded as a second network, because share_base is false; {size(4 * whole)} ({whole:,} parameters)" in alone
 
 
 class Failure(Exception):

@@ -17,6 +17,7 @@ from tunesmith.models.heads import log_probs
 from tunesmith.objectives import grpo
 from tunesmith.rollout import held_out, iteration_file, sampled_answers
 from tunesmith.rollout.rewards import Rewards, Scored
+from tunesmith.runs import run_list
 from tunesmith.train import checkpoint, loop, setup
 from tunesmith.train.session import RunSession
 
@@ -162,6 +163,24 @@ def test_a_reward_that_fails_costs_no_answer(whole, tmp_path, monkeypatch, itera
     tunesmith.train(recipe, out=tmp_path / "run", resume=True)
     same(tmp_path / "run", whole)
     assert len(sampled) == 3
+
+
+def test_a_reward_that_fails_in_the_measurement_of_the_time_costs_no_answer(tmp_path, monkeypatch):
+    """Its answers are those of the first iteration: neither the resumed run nor the run after a measurement samples them again."""
+    recipe = made(tmp_path, train={"max_minutes": 60})
+    samples, sample = [], RunSession.sample
+    monkeypatch.setattr(RunSession, "sample", lambda self, requests: samples.append(requests) or sample(self, requests))
+
+    def fails(self, answers):
+        raise RewardError("the reward failed")
+
+    monkeypatch.setattr(Rewards, "score", fails)
+    with pytest.raises(RewardError, match="The answers are saved: their scoring is repeated with --resume"):
+        tunesmith.train(recipe, out=tmp_path / "run")
+    assert run_list.read(tmp_path / "run").manifest["stopped"].startswith("RewardError: the reward failed")
+    monkeypatch.setattr(Rewards, "score", rule)
+    tunesmith.train(recipe, out=tmp_path / "run", resume=True)
+    assert [len(requests) for requests in samples] == [16, 16, 16] and len(rollouts_of(tmp_path / "run")) == 3
 
 
 @pytest.mark.parametrize("call", [3, 4], ids=["step 8", "the last step"])

@@ -11,13 +11,15 @@ def test_the_line_counts_every_weight_once():
     frozen.requires_grad_(False)
     network, trained = nn.ModuleList([frozen, adapter]), dict(adapter.named_parameters())
     start, masters = WeightsAtStart(trained), {"weight": adapter.weight.detach().float()}
-    assert start.bytes == 20_000
     assert weights_line(network, masters, start) == (
-        "weights: 2.08 MB in memory: the network 2.02 MB, fp32 masters of what is trained 40.0 kB, "
-        "the reference, a copy of what is trained, 20.0 kB"
+        "weights: 2.08 MB in memory: the network 2.02 MB (1,010,000 parameters), "
+        "fp32 masters of what is trained 40.0 kB (10,000 parameters), "
+        "the reference, a copy of what is trained, 20.0 kB (10,000 parameters)"
     )
     own = dict(network[1].named_parameters())  # in fp32 the masters are the network's own parameters
-    assert weights_line(network, own, None) == "weights: 2.02 MB in memory: the network 2.02 MB"
+    assert weights_line(network, own, None) == (
+        "weights: 2.02 MB in memory: the network 2.02 MB (1,010,000 parameters)"
+    )
 
 
 def test_the_weights_of_step_0_are_exchanged_also_after_an_error():

@@ -36,16 +36,18 @@ class Config(RolloutKeys, objectives.Config):
     update_epochs: int = Field(
         4, gt=0, description="passes over the answers of an iteration (Ziegler et al. 2019: 4)"
     )
-    max_new_tokens: int = Field(53, gt=0, description="most tokens of an answer (TRL's default)")
+    max_new_tokens: int = Field(
+        53, gt=0, description="most tokens of an answer (Huang et al. 2024, TRL 0.24: 53)"
+    )
     temperature: float = Field(
         0.7,
         gt=0,
-        description="of sampling; log-probabilities are those at this temperature (Ziegler et al. 2019, TRL: 0.7)",
+        description="of sampling; log-probabilities are those at this temperature (Ziegler et al. 2019, TRL 0.24: 0.7)",
     )
     kl_coef: float = Field(
         0.05,
         ge=0,
-        description="weight of the KL penalty in the reward of each token (Huang et al. 2024, TRL: 0.05)",
+        description="weight of the KL penalty in the reward of each token (Huang et al. 2024, TRL 0.24: 0.05)",
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k1",
@@ -89,7 +91,7 @@ class Config(RolloutKeys, objectives.Config):
     missing_eos_penalty: float = Field(
         1.0,
         ge=0,
-        description="subtracted from the score of an answer that reached max_new_tokens (example of TRL: 1)",
+        description="subtracted from the score of an answer that reached max_new_tokens (example of TRL 0.24: 1)",
     )
     reward_normalization: Normalization = Field(
         "none",

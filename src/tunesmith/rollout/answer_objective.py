@@ -54,9 +54,9 @@ class AnswerObjective:
 
     # ------------------------------------------------------------------------------------- the iteration
 
-    def is_useless(self, rewards: np.ndarray) -> np.ndarray:
-        """bool (prompts,): no prompt, unless the objective compares the answers to a prompt."""
-        return np.zeros(len(rewards), np.bool_)
+    def is_useless(self, rewards: np.ndarray) -> np.ndarray | None:
+        """None: the answers to a prompt are not compared."""
+        return None
 
     def stops_iteration(self, step: Step) -> bool:
         return False

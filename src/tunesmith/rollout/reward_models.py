@@ -125,9 +125,22 @@ class RewardModel:
         if why is None:
             name = self.keys.name or self.keys.default_name()
             self._attached = reward_adapter.attach(run, self.folder, name)
-            run.note(f"reward model {self.keys.path}: attached to the policy's network as a second adapter")
+            how = "attached to the policy's network as a second adapter"
         else:
-            run.note(f"reward model {self.keys.path}: loaded as a second network, because {why}")
+            how = f"loaded as a second network, because {why}"
+        run.note(f"reward model {self.keys.path}: {how}; {self._size(run.model.dtype)}")
+
+    def _size(self, dtype: torch.dtype) -> str:
+        """Return the memory and the parameters of the weights that the reward model adds."""
+        from tunesmith.models.find import headers
+        from tunesmith.runs.figure_format import size
+
+        parts = [(self.folder.path, "model" if self.folder.base is None else "adapter_model")]
+        if self.folder.base is not None and self._attached is None:
+            parts.append((self.folder.base, "model"))
+        tensors = [one for part in parts for one in headers.read_tensors(*part).values()]
+        count = sum(tensor.count for tensor in tensors)
+        return f"{size(count * dtype.itemsize)} ({count:,} parameters)"
 
     def __call__(self, answers: Sequence[Completion]) -> np.ndarray:
         from tunesmith.data.batch.pack import PADDED

@@ -31,7 +31,7 @@ class RolloutKeys(BaseModel):
     update_epochs: int = Field(
         1, gt=0, description="passes over the answers of an iteration (Shao et al. 2024: 1; PPO: 4)"
     )
-    max_new_tokens: int = Field(256, gt=0, description="most tokens of an answer (TRL's default)")
+    max_new_tokens: int = Field(256, gt=0, description="most tokens of an answer (TRL 0.24: 256)")
     temperature: float = Field(
         1.0,
         gt=0,

@@ -53,8 +53,9 @@ class Learner(Protocol):
     def measure(self, model: PreTrainedModel, batch: Batch) -> Sequence[Mapping[str, np.ndarray]]:
         """Return arrays (tokens,) of each answer under the policy: ``old_logps``, ``entropies`` and others."""
 
-    def is_useless(self, rewards: np.ndarray) -> np.ndarray:
-        """bool (prompts,): the answers to the prompt, with ``rewards`` (prompts, K), teach nothing."""
+    def is_useless(self, rewards: np.ndarray) -> np.ndarray | None:
+        """bool (prompts,): the answers to the prompt, with ``rewards`` (prompts, K), teach nothing. None if the
+        objective does not compare the answers to a prompt."""
 
     def finish(self, answers: Sequence[SampledAnswer]) -> JsonObject:
         """Add ``advantages`` to the tokens of each answer; return figures of the iteration."""
@@ -180,7 +181,7 @@ class Rollouts:
         while True:
             self._score()
             useless = self._useless()
-            if not useless.any() or self.attempt == self.most_resamples:
+            if useless is None or not useless.any() or self.attempt == self.most_resamples:
                 break
             self.attempt += 1
             kept = np.repeat(~useless, self.keys.num_generations)
@@ -245,7 +246,7 @@ class Rollouts:
         self.seconds["scoring"] += time.perf_counter() - started
         self._keep()
 
-    def _useless(self) -> np.ndarray:
+    def _useless(self) -> np.ndarray | None:
         return self.learner.is_useless(self._rewards())
 
     def _rewards(self) -> np.ndarray:
@@ -281,7 +282,7 @@ class Rollouts:
         before that step drops it."""
         rewards = self._rewards()
         everything = np.concatenate([rewards.ravel(), self.replaced])
-        useless = int(self._useless().sum())
+        useless = self._useless()
         replaced = len(self.replaced) // self.keys.num_generations
         lengths = np.array([len(answer.ids) for answer in self.answers])
         names = [name for name in self.answers[0].scores if name != TOTAL]
@@ -298,7 +299,11 @@ class Rollouts:
             "entropy": entropy,
             "response_length": float(lengths.mean()),
             "stopped": float(np.mean([answer.stopped for answer in self.answers])),
-            "zero_variance": (useless + replaced) / (self.prompts + replaced),
+            **(
+                {}
+                if useless is None
+                else {"zero_variance": (int(useless.sum()) + replaced) / (self.prompts + replaced)}
+            ),
             **({"replaced": replaced} if self.most_resamples else {}),
             **sampled_answers.mismatch(self.answers),
             **figures,

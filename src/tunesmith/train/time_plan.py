@@ -14,6 +14,7 @@ from dataclasses import asdict
 import torch
 
 from tunesmith import machine
+from tunesmith.errors import RewardError
 from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import duration
 from tunesmith.runs.run_folder import RunFolder
@@ -35,7 +36,7 @@ def follow(run: Run, job: Job, started: float) -> None:
     if minutes is None or run.setup.time_planned:
         return
     run.progress.doing("measuring the time of a step")
-    with _restored(run.update.masters, job.device):
+    with _answers_kept(run), _restored(run.update.masters, job.device):
         costs = forecast.measure(job, run.setup, run.fast_path)
     spent = time.perf_counter() - started
     steps = distributed.broadcast(costs.most_steps(run.setup, forecast.time_left(minutes, spent)))
@@ -83,6 +84,22 @@ def _line(minutes: float, steps: int, most: int, costs: forecast.Costs, total: f
     measured = f"a step takes {costs.step:.2f} s, an evaluation {costs.evaluation:.1f} s"
     line = f"{head}, because {measured}; the run will end after about {duration(total)}"
     return f"warning: {line}, later than asked for" if total > 60 * minutes else line
+
+
+@contextmanager
+def _answers_kept(run: Run) -> Iterator[None]:
+    """Record a RewardError of the measurement. Its answers are those of the run's first iteration, in the file
+    that a resumed run reads."""
+    try:
+        yield
+    except RewardError as error:
+        error.args = (
+            f"{error}\n  The answers are saved: their scoring is repeated with --resume. Correct the reward first: "
+            "else it fails.",
+        )
+        if run.main:
+            run.folder.record(stopped=f"{type(error).__name__}: {error}")
+        raise
 
 
 @contextmanager

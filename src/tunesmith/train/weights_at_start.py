@@ -8,7 +8,7 @@ resumed run makes the same copy, before it loads the checkpoint: base model and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,8 +24,8 @@ class WeightsAtStart:
         self._kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     @property
-    def bytes(self) -> int:
-        return sum(one.nbytes for one in self._kept.values())
+    def tensors(self) -> list[torch.Tensor]:
+        return list(self._kept.values())
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -48,13 +48,24 @@ class WeightsAtStart:
 def weights_line(
     model: torch.nn.Module, masters: Mapping[str, torch.Tensor], start: WeightsAtStart | None
 ) -> str:
-    """Return a line with the memory of the weights of policy, value model and reference.
+    """Return a line with the memory and the parameters of policy, value model and reference.
 
     ``masters``: what the optimiser updates; in fp32 the network's own parameters."""
-    network = {one.data_ptr(): one.nbytes for one in model.parameters()}
-    others = sum(one.nbytes for one in masters.values() if one.data_ptr() not in network)
-    parts = [f"the network {size(sum(network.values()))}"]
-    parts += [f"fp32 masters of what is trained {size(others)}"] * bool(others)
-    kept = 0 if start is None else start.bytes
-    parts += [f"the reference, a copy of what is trained, {size(kept)}"] * bool(kept)
-    return f"weights: {size(sum(network.values()) + others + kept)} in memory: {', '.join(parts)}"
+    network = {one.data_ptr(): one for one in model.parameters()}
+    parts = {"the network": list(network.values())}
+    parts["fp32 masters of what is trained"] = [
+        one for one in masters.values() if one.data_ptr() not in network
+    ]
+    parts["the reference, a copy of what is trained,"] = [] if start is None else start.tensors
+    listed = ", ".join(
+        f"{name} {size(_bytes(some))} ({_count(some)})" for name, some in parts.items() if some
+    )
+    return f"weights: {size(sum(map(_bytes, parts.values())))} in memory: {listed}"
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(one.nbytes for one in tensors)
+
+
+def _count(tensors: Sequence[torch.Tensor]) -> str:
+    return f"{sum(one.numel() for one in tensors):,} parameters"
