@@ -100,6 +100,10 @@ class JudgeError(StoppedError):
     """A judge on a server does not answer. Its verdicts so far are kept."""
 
 
+class ServerError(StoppedError):
+    """A server that answers prompts does not answer, or not as expected. Its answers so far are kept."""
+
+
 class Interrupted(TunesmithError):
     """Exit 130: SIGINT or SIGTERM arrived; a checkpoint was saved."""
 

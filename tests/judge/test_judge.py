@@ -14,10 +14,11 @@ import torch
 import tunesmith
 from tests.runs import recipe
 from tests.tiny import tiny_model, tiny_tokenizer
+from tunesmith import http_json
 from tunesmith.cli.main import main
 from tunesmith.data.encode import conversations
 from tunesmith.errors import JudgeError, UserError
-from tunesmith.judge import endpoint, examination, judge_run
+from tunesmith.judge import examination, judge_run
 from tunesmith.judge.endpoint import Endpoint, EndpointJudge, read_verdict
 from tunesmith.judge.judges import LanguageModelJudge, Pair, Verdict, question
 from tunesmith.judge.verdicts import Verdicts
@@ -344,7 +345,7 @@ def test_a_busy_server_is_asked_again():
 
 
 def test_a_silent_server_stops_the_run_and_verdicts_are_kept(tmp_path):
-    judge, _, _ = server(reply("A"), *[TimeoutError("timed out")] * endpoint.TRIES)
+    judge, _, _ = server(reply("A"), *[TimeoutError("timed out")] * http_json.TRIES)
     path = tmp_path / "judgements.jsonl"
     with pytest.raises(JudgeError, match="does not answer: timed out, 4 times") as error:
         Verdicts(judge, path).ask([Pair("What?", "Yes.", "No.")])

@@ -11,8 +11,9 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith.cli.main import main
 from tunesmith.data.encode import conversations
 from tunesmith.errors import JudgeError, UserError
+from tunesmith.http_json import TRIES
 from tunesmith.judge import examination, judge_run, rubric
-from tunesmith.judge.endpoint import TRIES, Endpoint
+from tunesmith.judge.endpoint import Endpoint
 from tunesmith.judge.judges import Pair
 from tunesmith.judge.rubric import EndpointScorer, Item, LanguageModelScorer, Rubric, RubricJudge, Score
 from tunesmith.judge.verdicts import Verdicts

@@ -59,6 +59,8 @@ def evaluate(
         bool, typer.Option(help="Let the base model of an adapter or a run answer, too, to compare with it.")
     ] = True,
     max_new_tokens: options.MaxNewTokens = 128,
+    engine: options.Engine = None,
+    served_model: options.ServedModel = None,
     harness: Annotated[
         list[str] | None,
         typer.Option(help="Task of lm-evaluation-harness, or a task file (.yaml); may be repeated."),
@@ -86,7 +88,7 @@ def evaluate(
         template_kwargs=kwargs, max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
         reference=reference, generate=generate, task=task, answer_metrics=metric or (), max_new_tokens=max_new_tokens,
-        with_base=base, out=out, on_precision=lambda chosen: print_stderr(str(chosen)),
+        with_base=base, engine=engine, served_model=served_model, out=out, on_precision=lambda chosen: print_stderr(str(chosen)),
     )  # fmt: skip
     print_result(figures, as_json, _tables)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,13 +14,17 @@ from tunesmith.cli import adapter_flag, options
 from tunesmith.cli.answer_progress import AnswerProgress
 from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.cli.sampling_flags import SamplingFlags, with_flags
-from tunesmith.errors import UserError
+from tunesmith.errors import ServerError, UserError
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from tunesmith.data.data_config import Source
     from tunesmith.data.read.prompts import AskedPrompt, PromptFile
     from tunesmith.evaluate.answer_prompts import Queue
+    from tunesmith.models.generate.decode import Loaded
+    from tunesmith.models.generate.vllm_backend import Vllm
 
 SHOWN = 3
 """Answers that are printed when all are written to a file."""
@@ -60,6 +64,8 @@ def generate(
     template_kwarg: options.TemplateKwargs = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
     precision: options.Precision = "auto",
+    engine: options.Engine = None,
+    served_model: options.ServedModel = None,
     max_running: Annotated[
         int | None,
         typer.Option(min=1, help="Answers generated at once.", show_default="as memory allows, at most 64"),
@@ -105,6 +111,38 @@ def generate(
 
     from tunesmith.data.encode.templates import apply_template
     from tunesmith.evaluate.answer_prompts import Queue
+
+    facts: JsonObject = {"model": model}
+    if engine is None and served_model is None:
+        pair, tokenizers, facts["precision"] = _load(model, folders, precision)
+        vllm = None
+    else:
+        vllm = _open_vllm(engine, model, served_model, precision, max_running, folders)
+        pair, tokenizers, facts["engine"] = (vllm.network, vllm.tokenizer), {}, vllm.identity
+    facts["settings"] = sampling.values
+    for tokenizer in [one for one in tokenizers.values() if one.chat_template] or [pair[1]]:
+        if kwargs:
+            apply_template(tokenizer, None, kwargs)
+    queue = Queue(
+        pair, asked, count, sampling.params(pair), samples, system, plain, max_running, sampling.wants_logprobs,
+        tokenizers, note=print_stderr, vllm=vllm,
+    )  # fmt: skip
+    for warning in queue.check():
+        print_stderr(f"warning: {warning}")
+    if out is None:
+        facts |= _answer(queue, show=data is not None)
+        print_result(facts, as_json, lambda facts: _answers(facts["answers"]))
+        return
+    made_with = {"tunesmith": __version__, "model": options.label(model), **queue.describe(), **asked_from}
+    made_with |= {"template_kwargs": kwargs, "sampling": sampling.values}
+    facts |= _answer_to_file(queue, out, made_with, restart)
+    print_result(facts, as_json, lambda facts: f"{facts['rows']:,} answers written to {out}")
+
+
+def _load(
+    model: str, folders: Mapping[str, Path], precision: str
+) -> tuple[Loaded, Mapping[str, PreTrainedTokenizerBase], JsonObject]:
+    """Load a model with its adapters. Returns it, the tokenizers of the adapters, and its precision."""
     from tunesmith.models.adapters.adapter_set import load_adapters
     from tunesmith.models.generate import decode
     from tunesmith.models.load.compute_dtype import cast_and_move
@@ -116,25 +154,24 @@ def generate(
     decode.check_writes(pair[0])
     chosen_dtype = cast_and_move(pair[0], precision)
     print_stderr(str(chosen_dtype))
-    tokenizers = {} if several is None else several.tokenizers
-    for tokenizer in [one for one in tokenizers.values() if one.chat_template] or [pair[1]]:
-        if kwargs:
-            apply_template(tokenizer, None, kwargs)
-    queue = Queue(
-        pair, asked, count, sampling.params(pair), samples, system, plain, max_running, sampling.wants_logprobs,
-        tokenizers, note=print_stderr,
-    )  # fmt: skip
-    for warning in queue.check():
-        print_stderr(f"warning: {warning}")
-    facts: JsonObject = {"model": model, "precision": chosen_dtype.as_dict(), "settings": sampling.values}
-    if out is None:
-        facts |= _answer(queue, show=data is not None)
-        print_result(facts, as_json, lambda facts: _answers(facts["answers"]))
-        return
-    made_with = {"tunesmith": __version__, "model": options.label(model), **queue.describe(), **asked_from}
-    made_with |= {"template_kwargs": kwargs, "sampling": sampling.values}
-    facts |= _answer_to_file(queue, out, made_with, restart)
-    print_result(facts, as_json, lambda facts: f"{facts['rows']:,} answers written to {out}")
+    return pair, {} if several is None else several.tokenizers, chosen_dtype.as_dict()
+
+
+def _open_vllm(
+    engine: str | None, model: str, served: str | None, precision: str, most: int | None,
+    folders: Mapping[str, Path],
+) -> Vllm:  # fmt: skip
+    """Return the vLLM that answers. Raises UserError."""
+    if engine is None:
+        raise UserError("--served-model needs --engine ADDRESS. Leave it out, or name the address.")
+    if folders:
+        raise UserError(
+            "--adapter is not supported with --engine, which has one model. Leave out one of the two."
+        )
+    from tunesmith.models.generate.vllm_backend import open_vllm
+
+    print_stderr(f"tokens and settings of {model}; answers by vLLM: {engine}")
+    return open_vllm(engine, model, served, precision, most)
 
 
 def _open(model: str, data: str, reading: JsonObject, **keys: object) -> tuple[Source, PromptFile]:
@@ -192,7 +229,7 @@ def _answer_to_file(queue: Queue, out: Path, made_with: JsonObject, restart: boo
                         kept.add(index, line)
                         progress.add(line["tokens"])
                 kept.finish()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ServerError):
         print_stderr(
             f"{kept.done:,} of {total:,} answers are kept in {partial_path(out)}. Type the same command to continue."
         )
@@ -211,9 +248,10 @@ def _summary(queue: Queue, progress: AnswerProgress) -> JsonObject:
             f"{facts[f'{part}_seconds']:.1f} s, {facts[f'{part}_tokens_per_second'] or 0:,.0f} tokens/s"
             for part in ("prefill", "decode")
         )
+        before = f"prefill of {facts['prefill_tokens']:,} tokens: {prefill}; decoding: "
         print_stderr(
             f"{progress.answers:,} {'answer' if progress.answers == 1 else 'answers'}, {progress.tokens:,} tokens; "
-            f"prefill of {facts['prefill_tokens']:,} tokens: {prefill}; decoding: {decode}"
+            f"{before if queue.vllm is None else ''}{decode}"
         )
     return facts
 

@@ -48,6 +48,16 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(help="Number format that the model computes in; auto = the fastest of this machine."),
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", metavar="vllm|ADDRESS", help="Let vLLM answer: in this process, or at the address of its server.",
+        show_default="tunesmith's own",
+    ),
+]  # fmt: skip
+ServedModel = Annotated[
+    str | None, typer.Option(help="Name of the model at --engine ADDRESS.", show_default="the only one")
+]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")]
 Split = Annotated[str, typer.Option(help="Split of a data set on the Hub.")]
 Name = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]

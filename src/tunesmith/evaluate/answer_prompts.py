@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tunesmith.models.generate.decode import Loaded
+    from tunesmith.models.generate.vllm_backend import Vllm
 
 BLOCK_ROUNDS = 4
 """Answers of a block, in multiples of the rows that run at once: slots are free only at the end of a block."""
@@ -45,7 +46,7 @@ class Queue:
     that run together in a block are therefore the same whether or not other blocks were generated in the same
     process. ``tokenizers``: those of the adapters that prompts may name; the model has these adapters, and ``BASE``
     names the model without any. ``note``: gets a sentence if the model runs row by row. ``adapter``: of prompts that
-    name none, as in ``Request``.
+    name none, as in ``Request``. ``vllm``: answers instead of the network, which then needs no weights.
     """
 
     loaded: Loaded
@@ -60,6 +61,7 @@ class Queue:
     tokenizers: Mapping[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     note: Callable[[str], None] = lambda sentence: None
     adapter: str | None = ACTIVE
+    vllm: Vllm | None = None
     _past: Timing = field(default_factory=Timing)
     _engine: Engine | None = None
 
@@ -75,6 +77,8 @@ class Queue:
     @property
     def timing(self) -> Timing:
         """Seconds and tokens of all blocks so far."""
+        if self.vllm is not None:
+            return self.vllm.timing
         if self._engine is None:
             return self._past
         return Timing(
@@ -85,8 +89,9 @@ class Queue:
     def is_exact(self) -> bool:
         """True if each line of the output depends on its request alone, whatever runs at the same time.
 
-        In 16 bits, and in the last digits of a log-probability, a batch shows in the rounding of its products."""
-        return self.loaded[0].dtype is torch.float32 and not self.logprobs
+        In 16 bits, and in the last digits of a log-probability, a batch shows in the rounding of its products. Answers
+        of vLLM count as exact: nothing that runs again would repeat them."""
+        return self.vllm is not None or (self.loaded[0].dtype is torch.float32 and not self.logprobs)
 
     def describe(self) -> JsonObject:
         """Return what the answers depend on in addition to data and sampling rule, as plain JSON."""
@@ -100,19 +105,21 @@ class Queue:
         }
         if self.adapter != ACTIVE:
             facts["adapter"] = self.adapter
+        facts["tokenizer"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.vllm is not None:
+            return facts | self.vllm.identity
         if not self.is_exact:
             facts["max_running"] = self.most
         return facts | {
             "precision": str(network.dtype).removeprefix("torch."),
             "weights": fingerprint(Engine(network, tokenizer).core),
-            "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16],
         }
 
     def check(self) -> list[str]:
         """Return warnings about the prompts, after all were read and tokenised.
 
         Raises UserError for a prompt that the template refuses, that is empty, or that fills the window."""
-        engine, omitted = Engine(*self.loaded, self.most), OmittedText(self.loaded[1])
+        engine, omitted = self.vllm or Engine(*self.loaded, self.most), OmittedText(self.loaded[1])
         for asked in self.prompts:
             omitted.add(asked)
             engine.check([self._request(asked.row, asked, 0)])  # its error names the row
@@ -127,15 +134,19 @@ class Queue:
         for first in range(0, self.count, self.block_prompts):
             block = islice(prompts, self.block_prompts)
             size = self.samples * min(self.block_prompts, self.count - first)
-            self._past, self._engine = self.timing, None  # the memory of one engine is free before the next
-            self._engine = Engine(*self.loaded, min(self.most, size), note)
+            engine = self.vllm or self._next_engine(min(self.most, size), note)
             note = lambda sentence: None  # noqa: E731 - the same sentence for each block
             waiting: dict[int, tuple[AskedPrompt, int]] = {}
-            for answer in self._engine.run(self._requests(block, waiting, is_done)):
+            for answer in engine.run(self._requests(block, waiting, is_done)):
                 asked, left = waiting.pop(answer.prompt)
                 if left > 1:
                     waiting[answer.prompt] = asked, left - 1
                 yield answer.prompt * self.samples + answer.sample, self._line(asked, answer)
+
+    def _next_engine(self, most: int, note: Callable[[str], None]) -> Engine:
+        self._past, self._engine = self.timing, None  # the memory of one engine is free before the next
+        self._engine = Engine(*self.loaded, most, note)
+        return self._engine
 
     def _requests(
         self,
@@ -206,7 +217,7 @@ class OmittedText:
 def token_logprobs(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> list[JsonObject]:
     """Return text, id and log-probability of each token of an answer.
 
-    ``logprob``: under the model as it is. ``rule_logprob``: under the sampling rule. ``top_logprobs``: of the
+    ``logprob``: under the model as it is. ``rule_logprob``: under the sampling rule, if known. ``top_logprobs``: of the
     likeliest tokens, if asked for."""
 
     def named(token: int, logprob: float) -> JsonObject:
@@ -215,7 +226,8 @@ def token_logprobs(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> list[J
     found = []
     for place, token in enumerate(answer.ids):
         entry = named(token, answer.logprobs[place])
-        entry["rule_logprob"] = round(answer.rule_logprobs[place], LOGPROB_DIGITS)
+        if answer.rule_logprobs:
+            entry["rule_logprob"] = round(answer.rule_logprobs[place], LOGPROB_DIGITS)
         if answer.top:
             entry["top_logprobs"] = [named(*one) for one in answer.top[place]]
         found.append(entry)

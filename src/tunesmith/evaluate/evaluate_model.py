@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tunesmith import files
 from tunesmith.data.data_config import DataConfig, EvalConfig, Source
@@ -32,6 +32,9 @@ from tunesmith.report import task_page
 from tunesmith.runs import assessment
 from tunesmith.train import evaluation, examples
 from tunesmith.train.meta_model import window_of
+
+if TYPE_CHECKING:
+    from tunesmith.models.generate.vllm_backend import Vllm
 
 MISTAKES = 50
 """Rows in the report: the wrong ones with the highest loss."""
@@ -72,6 +75,8 @@ def evaluate(
     answer_metrics: Sequence[str] = (),
     max_new_tokens: int = 128,
     with_base: bool = True,
+    engine: str | None = None,
+    served_model: str | None = None,
     out: str | Path | None = None,
     on_answer: Advance = lambda count: None,
     on_precision: Callable[[ComputeDtype], None] = lambda chosen: None,
@@ -97,7 +102,8 @@ def evaluate(
     (default: the model that training started from). ``generate``: prompts that a language model answers; their
     figures are ``generated`` (``metrics.answer_figures``): those named by ``answer_metrics`` (a name, or the import
     path of a Python function), else those of ``task`` or of the task of the training, else all. ``with_base``: the base
-    model answers the same prompts, too. ``out``: a new folder for report.html, figures.json and the worst mistakes,
+    model answers the same prompts, too. ``engine`` and ``served_model``: vLLM gives the model's answers (as in
+    ``models.generate.vllm_backend.open_vllm``). ``out``: a new folder for report.html, figures.json and the worst mistakes,
     for a model with a task head; with ``generate``, the folder of figures.json and the answers, from which an
     evaluation that was interrupted goes on. ``on_answer`` gets the number of answers that ended, ``on_measured`` the
     record of every batch. Raises UserError if model or data cannot be used.
@@ -112,6 +118,7 @@ def evaluate(
     make_source(data, limit=limit, **reading, **hub)  # report a wrong option before the model loads
     if not generate and (answer_metrics or task):
         raise UserError("--metric and --task choose figures of answers: add --generate 50")
+    vllm = _open_vllm(model, engine, served_model, precision, generate)
     metric_names.of_names(answer_metrics)  # report a wrong name before the model loads
     opened = open_model(model, objective, overlong, max_length)
     network, chosen = opened.network, opened.objective
@@ -164,7 +171,7 @@ def evaluate(
         folder = None if out is None else Path(out)
         metrics["generated"] = generated_figures.generated_figures(
             model, (network, opened.tokenizer), opened.trained, asked, generate, metric_names.of_names(named),
-            max_new_tokens=max_new_tokens, folder=folder, with_base=with_base, advance=on_answer,
+            max_new_tokens=max_new_tokens, folder=folder, with_base=with_base, advance=on_answer, vllm=vllm,
         )  # fmt: skip
         if folder is not None:
             generated_figures.save(metrics, folder)
@@ -176,6 +183,22 @@ def evaluate(
         title = str(model) if opened.loaded_here else "a model in memory"
         metrics["report"] = str(_write_report(Path(out), title, metrics, answers, source, opened))
     return metrics
+
+
+def _open_vllm(
+    model: ModelArgument, engine: str | None, served: str | None, precision: str, generate: int
+) -> Vllm | None:
+    """Return the vLLM that answers the prompts; None without ``engine``. Raises UserError."""
+    if engine is None and served is None:
+        return None
+    if engine is None or not generate or isinstance(model, tuple):
+        raise UserError(
+            "--engine and --served-model name the vLLM that answers prompts for a model with a name or a folder: add "
+            "--generate 50 and --engine, or leave them out"
+        )
+    from tunesmith.models.generate.vllm_backend import HERE, open_vllm
+
+    return open_vllm(engine, str(model), served, precision if engine == HERE else "auto")
 
 
 def _with_intervals(objective: TaskHead, records: list[JsonObject]) -> JsonObject:

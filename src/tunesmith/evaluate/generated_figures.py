@@ -24,6 +24,7 @@ from tunesmith.runs import metrics_file
 
 if TYPE_CHECKING:
     from tunesmith.models.generate.decode import Loaded
+    from tunesmith.models.generate.vllm_backend import Vllm
 
 MAJORITY = "the most frequent answer"
 
@@ -40,15 +41,17 @@ def generated_figures(
     folder: Path | None,
     with_base: bool,
     advance: Advance = lambda count: None,
+    vllm: Vllm | None = None,
 ) -> JsonObject:
     """Return ``answer_figures`` of the answers of ``loaded`` to ``count`` prompts of ``source``, with baselines.
 
     ``model``: what the user named, as it was loaded. ``folder``: keeps the answers; an interrupted evaluation goes
-    on from it. ``with_base``: the base model answers, too. The result has ``cautions``: sentences on what was not
-    compared. Raises UserError for prompts that cannot be answered, and for a named metric without references.
+    on from it. ``with_base``: the base model answers, too. ``vllm`` answers instead of ``loaded``. The result has
+    ``cautions``: sentences on what was not compared. Raises UserError for prompts that cannot be answered, and for
+    a named metric without references.
     """
     asked = chosen_prompts(source, trained, count)
-    own = GreedyAnswers(loaded, asked, max_new_tokens, folder, advance=advance)
+    own = GreedyAnswers(loaded, asked, max_new_tokens, folder, advance=advance, vllm=vllm)
     own.check()
     cautions = missing_references(asked, metrics, source.label)
     other = base_answers.base_of(model, loaded, trained) if with_base else None

@@ -20,6 +20,7 @@ from tunesmith.models.generate.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from tunesmith.models.generate.decode import Loaded
+    from tunesmith.models.generate.vllm_backend import Vllm
 
 Advance = Callable[[int], None]
 """Called with the number of answers done just now."""
@@ -40,7 +41,7 @@ class GreedyAnswers:
     """Answers of ``loaded`` to ``asked``, in the order of rows, in blocks: only one block is in memory.
 
     ``adapter``: as in ``Request``; None = the base model under an adapter. ``folder``: keeps the answers, in a
-    file that an interrupted run continues.
+    file that an interrupted run continues. ``vllm``: as in ``Queue``.
     """
 
     loaded: Loaded
@@ -49,10 +50,12 @@ class GreedyAnswers:
     folder: Path | None = None
     adapter: str | None = ACTIVE
     advance: Advance = lambda count: None
+    vllm: Vllm | None = None
 
     def __post_init__(self) -> None:
         params = SamplingParams(max_new_tokens=self.max_new_tokens)
-        self.queue = Queue(self.loaded, self.asked, len(self.asked), params, adapter=self.adapter)
+        count = len(self.asked)
+        self.queue = Queue(self.loaded, self.asked, count, params, adapter=self.adapter, vllm=self.vllm)
 
     def check(self) -> None:
         """Raise UserError for a prompt that the template refuses, that is empty, or that fills the window."""

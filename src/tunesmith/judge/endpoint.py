@@ -8,41 +8,24 @@ last line; any other reply is a missing verdict.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
+from tunesmith import http_json
 from tunesmith.errors import JudgeError, UserError
+from tunesmith.http_json import NoReply, Send
 from tunesmith.json_types import JsonObject
 from tunesmith.judge.judges import ENGLISH, KOREAN, Pair, Verdict, question
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-TIMEOUT = 60.0
-TRIES = 4
-WAIT = 2.0
-"""Seconds before the second try; each further one doubles them."""
 _VERDICT = re.compile(r"\**(A|B)\**\.?")
-
-Post = Callable[[str, JsonObject, dict[str, str]], JsonObject]
-"""(address, body, headers) -> parsed reply. Raises OSError or ValueError."""
 
 
 def is_address(judge: str) -> bool:
     return judge.startswith(("http://", "https://"))
-
-
-def post(address: str, body: JsonObject, headers: dict[str, str]) -> JsonObject:
-    """Send ``body`` as JSON and return the JSON reply."""
-    content = json.dumps(body).encode()
-    request = urllib.request.Request(address, content, {"Content-Type": "application/json", **headers})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-        found: JsonObject = json.load(reply)
-    return found
 
 
 def read_verdict(reply: str) -> float | None:
@@ -63,7 +46,7 @@ class Endpoint:
         address: str,
         model: str,
         key_variable: str = KEY_VARIABLE,
-        send: Post = post,
+        send: Send | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         key = os.environ.get(key_variable, "")
@@ -75,7 +58,7 @@ class Endpoint:
         self.name = f"{model} at {address}"
         self.address, self.model = address.rstrip("/") + "/chat/completions", model
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.send, self.sleep = send, sleep
+        self.send, self.sleep = send or http_json.sender(), sleep
         self.identity = f"{self.address} {model}"
 
     def reply(self, question: str) -> tuple[str, int]:
@@ -96,23 +79,10 @@ class Endpoint:
         return text, tokens if isinstance(tokens, int) else 0
 
     def _ask(self, body: JsonObject) -> JsonObject:
-        """Return the server's reply; try again when it is busy or silent."""
-        for attempt in range(TRIES):
-            try:
-                reply = self.send(self.address, body, self.headers)
-            except urllib.error.HTTPError as error:
-                if error.code not in (408, 429) and error.code < 500:
-                    raise JudgeError(self._refusal(f"HTTP {error.code} {error.reason}")) from None
-                failure = f"HTTP {error.code} {error.reason}"
-            except (OSError, ValueError) as error:  # no connection, a timeout, or no JSON
-                failure = str(error) or type(error).__name__
-            else:
-                if isinstance(reply, dict):
-                    return reply
-                failure = "the reply is no JSON object"
-            if attempt + 1 < TRIES:
-                self.sleep(WAIT * 2**attempt)
-        raise JudgeError(self._refusal(f"{failure}, {TRIES} times"))
+        try:
+            return http_json.ask(self.address, body, self.headers, self.send, self.sleep)
+        except NoReply as error:
+            raise JudgeError(self._refusal(str(error))) from None
 
     def _refusal(self, failure: str) -> str:
         return (

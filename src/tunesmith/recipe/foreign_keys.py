@@ -190,7 +190,8 @@ TABLE = (
           "vllm_device vllm_dtype vllm_max_model_len vllm_enable_prefix_caching vllm_importance_sampling_correction "
           "vllm_importance_sampling_cap gpu_memory_utilization use_transformers_paged cache_implementation "
           "ds3_gather_for_generation",
-          None, unknown, "answers are sampled by an engine in the same process, with the weights of the step"),
+          None, unknown, "answers are sampled by an engine in the same process, with the weights of the step; "
+          "vLLM answers for generate --engine alone"),
     Entry("generation_kwargs top_k min_p repetition_penalty do_sample", None, unknown,
           "answers are those of the policy itself: objective.temperature and objective.top_p are all that changes them"),
     Entry("stop_token stop_token_id", None, unknown, "an answer ends with the token that closes a turn of the template"),

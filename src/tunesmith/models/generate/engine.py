@@ -21,11 +21,10 @@ from tunesmith import machine
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.generate import sampling
-from tunesmith.models.generate.running_rows import Answer, Reason, Request, Row
+from tunesmith.models.generate.running_rows import Answer, Request, Row, token_limit
 from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.models.generate.slots import Slots, Timing
 from tunesmith.models.generate.stop_tokens import stop_ids
-from tunesmith.models.generate.text_stream import TextStream
 from tunesmith.models.network import adapter_state, base, context_window, is_peft
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class Engine:
                     except Exception as error:  # noqa: BLE001 - whatever one reader raises must not cost the others
                         row.reason, row.error = "callback", error
                 if row.reason:
-                    yield self._answer(row)
+                    yield row.answer(self.tokenizer, self._fingerprint)
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the answers in the order of ``requests``, whose pairs (prompt, sample) must differ."""
@@ -181,31 +180,17 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ rows
 
     def _row(self, request: Request, streamed: bool) -> Row:
-        """Return the row of a request. A row that may have no token is already ended."""
-        params = request.params
-        limit = self._limit(request)
-        full: Reason = "window" if limit < params.max_new_tokens else "length"
-        stop = self.stop if params.stop is None else params.stop
-        text = TextStream(self.tokenizer, params.stop_strings) if streamed or params.stop_strings else None
+        limit, params = self._limit(request), request.params
         uniform = None
         if params.temperature > 0:
             uniform = sampling.uniform_numbers(params.seed, request.prompt, request.sample, limit)
         adapter = self.slots.adapters.resolve(request.adapter)
-        return Row(request, limit, full, stop, text, uniform, adapter, reason=None if limit else full)
+        return Row.begin(request, limit, self.stop, self.tokenizer, streamed, uniform, adapter)
 
     def _limit(self, request: Request) -> int:
         """Return how many tokens the answer may have before the model's window is full."""
-        ahead = virtual_tokens.count(self.core)
-        window = (context_window(self.core.config) or 10**9) - ahead
-        length = len(request.ids)
-        if not length:
-            raise UserError(f"prompt {request.prompt} is empty: there is no token to continue")
-        if length >= window:
-            size = f"{window} ({ahead} more are taken by virtual tokens)" if ahead else window
-            raise UserError(
-                f"prompt {request.prompt} has {length} tokens; the model's window is {size}. Shorten it."
-            )
-        return min(request.params.max_new_tokens, window - length)
+        window = context_window(self.core.config) or 10**9
+        return token_limit(request, window, virtual_tokens.count(self.core))
 
     def _take(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Draw a token for each row from ``logits`` (rows, vocabulary) and end the rows that are complete.
@@ -233,14 +218,6 @@ class Engine:
         uniform = torch.tensor(numbers, dtype=torch.float64, device=scores.device) if numbers else None
         before = [row.request.ids for row in rows], [row.ids for row in rows]
         return sampling.draw(scores, params, uniform, *before, stop=rows[0].stop)
-
-    def _answer(self, row: Row) -> Answer:
-        assert row.reason is not None
-        text = row.stream.text if row.stream else self.tokenizer.decode(row.ids, skip_special_tokens=True)
-        return Answer(
-            row.request.prompt, row.request.sample, row.ids, str(text), row.reason, row.logprobs,
-            row.rule_logprobs, row.top, self._fingerprint, row.error,
-        )  # fmt: skip
 
 
 def _by_params(rows: Sequence[Row]) -> dict[SamplingParams, list[int]]:
