@@ -17,9 +17,7 @@ def test_the_line_counts_every_weight_once():
         "the reference, a copy of what is trained, 20.0 kB (10,000 parameters)"
     )
     own = dict(network[1].named_parameters())  # in fp32 the masters are the network's own parameters
-    assert weights_line(network, own, None) == (
-        "weights: 2.02 MB in memory: the network 2.02 MB (1,010,000 parameters)"
-    )
+    assert weights_line(network, own, None) == ("weights: 2.02 MB in memory: the network 2.02 MB (1,010,000 parameters)")
 
 
 def test_the_weights_of_step_0_are_exchanged_also_after_an_error():
