@@ -16,7 +16,6 @@ from tests.runs import history, recipe, weights
 from tunesmith.models.find.locate import locate
 from tunesmith.rollout import reward_adapter, reward_models
 from tunesmith.runs import run_folder
-from tunesmith.runs.figure_format import size
 from tunesmith.train import weights_at_start
 
 LORA = {"type": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -117,8 +116,14 @@ def test_the_run_reports_whether_the_reward_model_is_attached_and_why_not(runs):
     adapter = sum(value.numel() for value in load_file(locate(folder / "rm").path / "adapter_model.safetensors").values())
     whole = adapter + sum(value.numel() for value in load_file(locate(folder / "rm").base / "model.safetensors").values())
     name = f"reward model {folder / 'rm'}: "
-    assert f"{name}attached to the policy's network as a second adapter; {size(4 * adapter)} ({adapter:,} parameters)" in shared
-    assert f"{name}loaded as a second network, because share_base is false; {size(4 * whole)} ({whole:,} parameters)" in alone
+    assert (
+        f"{name}attached to the policy's network as a second adapter; {4 * adapter / 1e6:,.2f} MB ({adapter:,} parameters)"
+        in shared
+    )
+    assert (
+        f"{name}loaded as a second network, because share_base is false; {4 * whole / 1e6:,.2f} MB ({whole:,} parameters)"
+        in alone
+    )
 
 
 class Failure(Exception):

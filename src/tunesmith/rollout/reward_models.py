@@ -133,14 +133,13 @@ class RewardModel:
     def _size(self, dtype: torch.dtype) -> str:
         """Return the memory and the parameters of the weights that the reward model adds."""
         from tunesmith.models.find import headers
-        from tunesmith.runs.figure_format import size
 
         parts = [(self.folder.path, "model" if self.folder.base is None else "adapter_model")]
         if self.folder.base is not None and self._attached is None:
             parts.append((self.folder.base, "model"))
         tensors = [one for part in parts for one in headers.read_tensors(*part).values()]
         count = sum(tensor.count for tensor in tensors)
-        return f"{size(count * dtype.itemsize)} ({count:,} parameters)"
+        return f"{count * dtype.itemsize / 1e6:,.2f} MB ({count:,} parameters)"
 
     def __call__(self, answers: Sequence[Completion]) -> np.ndarray:
         from tunesmith.data.batch.pack import PADDED

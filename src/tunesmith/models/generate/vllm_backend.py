@@ -54,7 +54,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 @dataclass(frozen=True)
 class Sampled:
-    """What vLLM sampled for one request: tokens, log-probabilities, the likeliest tokens, and why it ended."""
+    """The result of one request: tokens, log-probabilities, the likeliest tokens, and vLLM's reason for the end."""
 
     ids: list[int]
     logprobs: list[float]
@@ -63,7 +63,7 @@ class Sampled:
 
 
 class Vllm:
-    """What both kinds share. ``network`` has no weights: it is the model's configuration and stop tokens."""
+    """The common part of both kinds. ``network`` has no weights: it is the model's configuration and stop tokens."""
 
     def __init__(
         self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: JsonObject
