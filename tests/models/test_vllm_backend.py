@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import tunesmith
 from tests import vllm_server
 from tests.tiny import save_tiny
 from tests.vllm_server import VllmServer
@@ -172,6 +173,18 @@ def test_a_server_that_dies_costs_no_answer(
     server.asked.clear()
     assert generate(folder, rows, "out.jsonl", *words) == 0 and len(server.asked) == 3
     assert rows.with_name("out.jsonl").read_text() == rows.with_name("whole.jsonl").read_text()
+
+
+def test_figures_of_answers_are_those_of_the_engines_answers(server: VllmServer, folder: Path, rows: Path) -> None:
+    keys = {"generate": 5, "max_new_tokens": 4, "precision": "fp32"}
+    own = tunesmith.evaluate(str(folder), rows, **keys)["generated"]
+    found = tunesmith.evaluate(str(folder), rows, **keys, engine=server.address, out=rows.with_name("kept"))["generated"]
+    assert found["figures"] == own["figures"] and len(server.asked) == 5
+    again = tunesmith.evaluate(str(folder), rows, **keys, engine=server.address, out=rows.with_name("kept"))["generated"]
+    assert again["figures"] == own["figures"] and len(server.asked) == 5, "the answers were kept"
+    for model, wrong in ((str(folder), {"engine": server.address, "generate": 0}), (load(folder), {"engine": server.address})):
+        with pytest.raises(UserError, match="--engine and --served-model"):
+            tunesmith.evaluate(model, rows, **{**keys, **wrong})
 
 
 def test_a_busy_server_is_asked_again(server: VllmServer, folder: Path, rows: Path) -> None:

@@ -140,7 +140,7 @@ def generate(
 
 
 def _load(
-    model: str, folders: Mapping[str, Path], precision: str
+    model: str, folders: Mapping[str, str], precision: str
 ) -> tuple[Loaded, Mapping[str, PreTrainedTokenizerBase], JsonObject]:
     """Load a model with its adapters. Returns it, the tokenizers of the adapters, and its precision."""
     from tunesmith.models.adapters.adapter_set import load_adapters
@@ -159,7 +159,7 @@ def _load(
 
 def _open_vllm(
     engine: str | None, model: str, served: str | None, precision: str, most: int | None,
-    folders: Mapping[str, Path],
+    folders: Mapping[str, str],
 ) -> Vllm:  # fmt: skip
     """Return the vLLM that answers. Raises UserError."""
     if engine is None:

@@ -52,7 +52,7 @@ def weights_line(
 
     ``masters``: what the optimiser updates; in fp32 the network's own parameters."""
     network = {one.data_ptr(): one for one in model.parameters()}
-    parts = {"the network": list(network.values())}
+    parts: dict[str, list[torch.Tensor]] = {"the network": [*network.values()]}
     parts["fp32 masters of what is trained"] = [
         one for one in masters.values() if one.data_ptr() not in network
     ]
