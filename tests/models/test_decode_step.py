@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,8 +133,9 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE
 )
 def test_the_steps_of_a_processor_with_avx2_alone() -> None:
     """The variables are read once by a process, before its first product."""
-    chosen = "bf16_copies_of and llama"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    chosen = "(bf16_copies_of and llama) or rounded_in_torch"
+    files = __file__, str(Path(__file__).with_name("test_int8_weights.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
     done = subprocess.run(command, env=os.environ | AVX2, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]  # 5 if no test was chosen
 

@@ -114,6 +114,12 @@ def test_the_resolved_recipe_makes_the_same_rewards():
 
 REFUSED = [
     ({"type": "ppo", "adaptation": "features"}, None, "adaptation: features freezes the body, .* Set adaptation: lora"),
+    (
+        {"decode_weights": "int8"},
+        None,
+        "decode_weights int8 is not a key of a run that learns .* Remove objective.decode_weights",
+    ),
+    ({"type": "ppo", "decode_weights": "int8"}, None, "decode_weights int8 is not a key of a run that learns from its samples"),
     ({"max_new_tokens": 0}, None, "`objective.max_new_tokens`: expected greater than 0, got 0"),
     ({"rewards": [{"type": "length", "traget": 3}]}, None, "unknown key `objective.rewards.0.traget`. Did you mean `target`"),
     ({"rewards": [{"type": "final_stop", "lr": 1}]}, None, "unknown key `objective.rewards.0.lr`. Valid: name, type, weight"),

@@ -40,6 +40,7 @@ def chat(
     system: options.System = None,
     template_kwarg: options.TemplateKwargs = None,
     precision: options.Precision = "auto",
+    decode_weights: options.DecodeWeights = "stored",
     as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as JSON.")] = False,
 ) -> None:
     """Chat with a model. Reads lines from the terminal or from a pipe.
@@ -62,7 +63,7 @@ def chat(
     pair = load(model) if adapters is None else (adapters.model, adapters.tokenizer)
     decode.check_writes(pair[0])
     chosen_dtype = cast_and_move(pair[0], precision)
-    print_stderr(str(chosen_dtype))
+    print_stderr(str(chosen_dtype), *options.describe_decode_weights(decode_weights))
     if not pair[1].chat_template:
         raise UserError(f"{model} has no chat template. Use `tunesmith generate {model} --prompt ...`.")
     for tokenizer in [pair[1]] if adapters is None else adapters.tokenizers.values():
@@ -72,7 +73,7 @@ def chat(
     print_stderr(_HELP)
     if adapters is not None:
         print_stderr(_SWITCH.format(names=", ".join(adapters.names)), f"adapter: {adapters.active}")
-    engine = Engine(*pair, note=print_stderr)
+    engine = Engine(*pair, note=print_stderr, decode_weights=decode_weights)
     turns: list[Message] = []
     answers: list[JsonObject] = []
     for line in _read_lines():
@@ -86,7 +87,7 @@ def chat(
             print_stderr("cleared" if command == "/reset" else f"system message: {system or 'none'}")
         elif command == "/adapter" and adapters is not None:
             _switch_adapter(adapters, argument)
-            engine = Engine(adapters.model, adapters.tokenizer)
+            engine = Engine(adapters.model, adapters.tokenizer, decode_weights=decode_weights)
             params = sampling.params((adapters.model, adapters.tokenizer))
         elif line.startswith("/"):
             if command != "/help":
@@ -102,6 +103,7 @@ def chat(
     if as_json:
         first = [{"role": "system", "content": system}] if system else []
         facts = {"model": model, "adapter": adapters and adapters.active, "precision": chosen_dtype.as_dict()}
+        facts |= {"decode_weights": decode_weights}
         print_result(
             {**facts, "settings": sampling.values, "messages": first + turns, "answers": answers}, True
         )

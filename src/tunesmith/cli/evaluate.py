@@ -59,6 +59,7 @@ def evaluate(
         bool, typer.Option(help="Let the base model of an adapter or a run answer, too, to compare with it.")
     ] = True,
     max_new_tokens: options.MaxNewTokens = 128,
+    decode_weights: options.DecodeWeights = "stored",
     engine: options.Engine = None,
     served_model: options.ServedModel = None,
     harness: Annotated[
@@ -88,7 +89,8 @@ def evaluate(
         template_kwargs=kwargs, max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
         reference=reference, generate=generate, task=task, answer_metrics=metric or (), max_new_tokens=max_new_tokens,
-        with_base=base, engine=engine, served_model=served_model, out=out, on_precision=lambda chosen: print_stderr(str(chosen)),
+        decode_weights=decode_weights, with_base=base, engine=engine, served_model=served_model, out=out,
+        on_precision=lambda chosen: print_stderr(str(chosen), *options.describe_decode_weights(decode_weights)),
     )  # fmt: skip
     print_result(figures, as_json, _tables)
 

@@ -64,6 +64,7 @@ def generate(
     template_kwarg: options.TemplateKwargs = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
     precision: options.Precision = "auto",
+    decode_weights: options.DecodeWeights = "stored",
     engine: options.Engine = None,
     served_model: options.ServedModel = None,
     max_running: Annotated[
@@ -90,6 +91,8 @@ def generate(
             "--adapter NAME=FOLDER, --adapter-column COLUMN and --data FILE are used together. To answer with one "
             f"adapter, type its folder: tunesmith generate FOLDER instead of {model}"
         )
+    if engine and decode_weights != "stored":
+        raise UserError("--decode-weights is not supported with --engine. Leave out one of the two.")
     from tunesmith.data.read.prompts import AskedPrompt
     from tunesmith.evaluate import answer_file
 
@@ -115,7 +118,8 @@ def generate(
     facts: JsonObject = {"model": model}
     if engine is None and served_model is None:
         pair, tokenizers, facts["precision"] = _load(model, folders, precision)
-        vllm = None
+        print_stderr(*options.describe_decode_weights(decode_weights))
+        facts["decode_weights"], vllm = decode_weights, None
     else:
         vllm = _open_vllm(engine, model, served_model, precision, max_running, folders)
         pair, tokenizers, facts["engine"] = (vllm.network, vllm.tokenizer), {}, vllm.identity
@@ -125,7 +129,7 @@ def generate(
             apply_template(tokenizer, None, kwargs)
     queue = Queue(
         pair, asked, count, sampling.params(pair), samples, system, plain, max_running, sampling.wants_logprobs,
-        tokenizers, note=print_stderr, vllm=vllm,
+        tokenizers, note=print_stderr, vllm=vllm, decode_weights=decode_weights,
     )  # fmt: skip
     for warning in queue.check():
         print_stderr(f"warning: {warning}")

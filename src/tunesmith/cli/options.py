@@ -55,6 +55,10 @@ Engine = Annotated[
         show_default="tunesmith's own",
     ),
 ]  # fmt: skip
+DecodeWeights = Annotated[
+    Literal["stored", "int8"],
+    typer.Option(help="Weights that decoding reads; int8 rounds them: faster, less exact answers."),
+]
 ServedModel = Annotated[
     str | None, typer.Option(help="Name of the model at --engine ADDRESS.", show_default="the only one")
 ]
@@ -109,6 +113,15 @@ def parse_template_kwargs(given: list[str] | None) -> JsonObject:
         except ValueError:
             kwargs[name] = value
     return kwargs
+
+
+def describe_decode_weights(weights: str) -> list[str]:
+    """Return the line about the weights that decoding reads; none for those that are stored."""
+    return (
+        []
+        if weights == "stored"
+        else [f"decoding with {weights} weights; prompts with the weights as stored"]
+    )
 
 
 def label(path: str) -> str:

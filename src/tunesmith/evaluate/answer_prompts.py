@@ -18,6 +18,7 @@ from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters.adapter_set import BASE
 from tunesmith.models.generate import decode
+from tunesmith.models.generate.decode_step import DecodeWeights
 from tunesmith.models.generate.engine import MAX_RUNNING, Engine, fingerprint
 from tunesmith.models.generate.row_adapters import ACTIVE
 from tunesmith.models.generate.running_rows import Answer, Request
@@ -47,6 +48,7 @@ class Queue:
     process. ``tokenizers``: those of the adapters that prompts may name; the model has these adapters, and ``BASE``
     names the model without any. ``note``: gets a sentence if the model runs row by row. ``adapter``: of prompts that
     name none, as in ``Request``. ``vllm``: answers instead of the network, which then needs no weights.
+    ``decode_weights``: as in ``Engine``.
     """
 
     loaded: Loaded
@@ -62,6 +64,7 @@ class Queue:
     note: Callable[[str], None] = lambda sentence: None
     adapter: str | None = ACTIVE
     vllm: Vllm | None = None
+    decode_weights: DecodeWeights = "stored"
     _past: Timing = field(default_factory=Timing)
     _engine: Engine | None = None
 
@@ -89,9 +92,11 @@ class Queue:
     def is_exact(self) -> bool:
         """True if each line of the output depends on its request alone, whatever runs at the same time.
 
-        In 16 bits, and in the last digits of a log-probability, a batch shows in the rounding of its products. Answers
+        In 16 bits, and in the last digits of a log-probability, a batch shows in the rounding of its products. With
+        int8 weights, a token of an answer differs from the same token in a prompt, and a slot may hold either. Answers
         of vLLM count as exact: nothing that runs again would repeat them."""
-        return self.vllm is not None or (self.loaded[0].dtype is torch.float32 and not self.logprobs)
+        exact = self.loaded[0].dtype is torch.float32 and self.decode_weights == "stored"
+        return self.vllm is not None or (exact and not self.logprobs)
 
     def describe(self) -> JsonObject:
         """Return what the answers depend on in addition to data and sampling rule, as plain JSON."""
@@ -112,14 +117,15 @@ class Queue:
             facts["max_running"] = self.most
         return facts | {
             "precision": str(network.dtype).removeprefix("torch."),
-            "weights": fingerprint(Engine(network, tokenizer).core),
+            "weights": fingerprint(Engine(network, tokenizer).core, self.decode_weights),
         }
 
     def check(self) -> list[str]:
         """Return warnings about the prompts, after all were read and tokenised.
 
         Raises UserError for a prompt that the template refuses, that is empty, or that fills the window."""
-        engine, omitted = self.vllm or Engine(*self.loaded, self.most), OmittedText(self.loaded[1])
+        engine = self.vllm or Engine(*self.loaded, self.most, decode_weights=self.decode_weights)
+        omitted = OmittedText(self.loaded[1])
         for asked in self.prompts:
             omitted.add(asked)
             engine.check([self._request(asked.row, asked, 0)])  # its error names the row
@@ -145,7 +151,7 @@ class Queue:
 
     def _next_engine(self, most: int, note: Callable[[str], None]) -> Engine:
         self._past, self._engine = self.timing, None  # the memory of one engine is free before the next
-        self._engine = Engine(*self.loaded, most, note)
+        self._engine = Engine(*self.loaded, most, note, self.decode_weights)
         return self._engine
 
     def _requests(

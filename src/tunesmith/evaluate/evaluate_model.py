@@ -25,6 +25,8 @@ from tunesmith.evaluate.trained_reading import ModelArgument, make_source, sourc
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import intervals, metric_names, tasks
 from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.generate.decode_step import DecodeWeights
+from tunesmith.models.generate.engine import check_decode_weights
 from tunesmith.models.load.compute_dtype import ComputeDtype
 from tunesmith.models.network import base, first_position
 from tunesmith.objectives import TaskHead
@@ -74,6 +76,7 @@ def evaluate(
     task: tasks.Task | None = None,
     answer_metrics: Sequence[str] = (),
     max_new_tokens: int = 128,
+    decode_weights: DecodeWeights = "stored",
     with_base: bool = True,
     engine: str | None = None,
     served_model: str | None = None,
@@ -99,14 +102,15 @@ def evaluate(
     ``overlong``: the policy for rows above ``max_length`` (default: the objective's). ``batch_tokens`` bounds
     memory and never changes the metrics. ``split``, ``name`` and ``streaming``: keys of a Hub data set
     (``data`` = "hub:OWNER/NAME"), as in a recipe. ``reference``: the reference policy of dpo and kto
-    (default: the model that training started from). ``generate``: prompts that a language model answers; their
-    figures are ``generated`` (``metrics.answer_figures``): those named by ``answer_metrics`` (a name, or the import
-    path of a Python function), else those of ``task`` or of the task of the training, else all. ``with_base``: the base
-    model answers the same prompts, too. ``engine`` and ``served_model``: vLLM gives the model's answers (as in
-    ``models.generate.vllm_backend.open_vllm``). ``out``: a new folder for report.html, figures.json and the worst mistakes,
-    for a model with a task head; with ``generate``, the folder of figures.json and the answers, from which an
-    evaluation that was interrupted goes on. ``on_answer`` gets the number of answers that ended, ``on_measured`` the
-    record of every batch. Raises UserError if model or data cannot be used.
+    (default: the model that training started from). ``generate``: prompts that a language model answers;
+    their figures are ``generated`` (``metrics.answer_figures``): those named by ``answer_metrics`` (a name,
+    or the import path of a Python function), else those of ``task`` or of the task of the training, else all.
+    ``with_base``: the base model answers the same prompts, too. ``decode_weights``: of the answers, as in
+    ``Engine``. ``engine`` and ``served_model``: vLLM gives the model's answers (as in
+    ``models.generate.vllm_backend.open_vllm``). ``out``: a new folder for report.html, figures.json and the
+    worst mistakes, for a model with a task head; with ``generate``, the folder of figures.json and the
+    answers, from which an evaluation that was interrupted goes on. ``on_answer`` gets the number of answers
+    that ended, ``on_measured`` the record of every batch. Raises UserError if model or data cannot be used.
     """
     reading = {
         "format": format,
@@ -118,6 +122,11 @@ def evaluate(
     make_source(data, limit=limit, **reading, **hub)  # report a wrong option before the model loads
     if not generate and (answer_metrics or task):
         raise UserError("--metric and --task choose figures of answers: add --generate 50")
+    if decode_weights != "stored" and (engine or not generate):
+        raise UserError(
+            "--decode-weights is for answers of tunesmith's engine; other figures use the weights as stored.\n"
+            "  Leave it out, or add --generate 50 without --engine."
+        )
     vllm = _open_vllm(model, engine, served_model, precision, generate)
     metric_names.of_names(answer_metrics)  # report a wrong name before the model loads
     opened = open_model(model, objective, overlong, max_length)
@@ -142,6 +151,7 @@ def evaluate(
     shortest = sorted(range(len(rows)), key=lambda row: rows.lengths[row])[:2]
     route, chosen_dtype = opened.prepare(precision, [rows[row] for row in shortest], rows.longest)
     on_precision(chosen_dtype)
+    check_decode_weights(base(network), decode_weights)
     started = time.perf_counter()
     session = opened.session(rows, route, batch_tokens)
     records = evaluation.records(
@@ -172,6 +182,7 @@ def evaluate(
         metrics["generated"] = generated_figures.generated_figures(
             model, (network, opened.tokenizer), opened.trained, asked, generate, metric_names.of_names(named),
             max_new_tokens=max_new_tokens, folder=folder, with_base=with_base, advance=on_answer, vllm=vllm,
+            decode_weights=decode_weights,
         )  # fmt: skip
         if folder is not None:
             generated_figures.save(metrics, folder)

@@ -24,6 +24,7 @@ from tunesmith.runs import metrics_file
 
 if TYPE_CHECKING:
     from tunesmith.models.generate.decode import Loaded
+    from tunesmith.models.generate.decode_step import DecodeWeights
     from tunesmith.models.generate.vllm_backend import Vllm
 
 MAJORITY = "the most frequent answer"
@@ -42,16 +43,19 @@ def generated_figures(
     with_base: bool,
     advance: Advance = lambda count: None,
     vllm: Vllm | None = None,
+    decode_weights: DecodeWeights = "stored",
 ) -> JsonObject:
     """Return ``answer_figures`` of the answers of ``loaded`` to ``count`` prompts of ``source``, with baselines.
 
     ``model``: what the user named, as it was loaded. ``folder``: keeps the answers; an interrupted evaluation goes
-    on from it. ``with_base``: the base model answers, too. ``vllm`` answers instead of ``loaded``. The result has
-    ``cautions``: sentences on what was not compared. Raises UserError for prompts that cannot be answered, and for
-    a named metric without references.
+    on from it. ``with_base``: the base model answers, too. ``vllm`` answers instead of ``loaded``.
+    ``decode_weights``: as in ``Engine``, also of the base model. The result has ``cautions``: sentences on what was
+    not compared. Raises UserError for prompts that cannot be answered, and for a named metric without references.
     """
     asked = chosen_prompts(source, trained, count)
-    own = GreedyAnswers(loaded, asked, max_new_tokens, folder, advance=advance, vllm=vllm)
+    own = GreedyAnswers(
+        loaded, asked, max_new_tokens, folder, advance=advance, vllm=vllm, decode_weights=decode_weights
+    )
     own.check()
     cautions = missing_references(asked, metrics, source.label)
     other = base_answers.base_of(model, loaded, trained) if with_base else None
@@ -70,11 +74,14 @@ def generated_figures(
     baselines = dict(rules)
     if other is not None:
         baselines = {base_answers.WORDS: AnswerTerms(metrics), **rules}
-        before = GreedyAnswers(other.loaded, asked, max_new_tokens, folder, other.adapter, advance)
+        before = GreedyAnswers(
+            other.loaded, asked, max_new_tokens, folder, other.adapter, advance, decode_weights=decode_weights
+        )
         for block in before.blocks():
             baselines[base_answers.WORDS].add(block)
     found = answer_figures.answer_figures(terms, baselines)
-    return {**found, "cautions": cautions}
+    own_engine = {} if vllm is not None else {"decode_weights": decode_weights}
+    return {**found, **own_engine, "cautions": cautions}
 
 
 def save(figures: JsonObject, folder: Path) -> Path:

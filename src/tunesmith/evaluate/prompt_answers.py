@@ -15,6 +15,7 @@ from tunesmith.evaluate.answer_file import AnswerFile, read_lines
 from tunesmith.evaluate.answer_prompts import Queue
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics.answer_metrics import Answered
+from tunesmith.models.generate.decode_step import DecodeWeights
 from tunesmith.models.generate.row_adapters import ACTIVE
 from tunesmith.models.generate.sampling import SamplingParams
 
@@ -41,7 +42,7 @@ class GreedyAnswers:
     """Answers of ``loaded`` to ``asked``, in the order of rows, in blocks: only one block is in memory.
 
     ``adapter``: as in ``Request``; None = the base model under an adapter. ``folder``: keeps the answers, in a
-    file that an interrupted run continues. ``vllm``: as in ``Queue``.
+    file that an interrupted run continues. ``vllm`` and ``decode_weights``: as in ``Queue``.
     """
 
     loaded: Loaded
@@ -51,11 +52,14 @@ class GreedyAnswers:
     adapter: str | None = ACTIVE
     advance: Advance = lambda count: None
     vllm: Vllm | None = None
+    decode_weights: DecodeWeights = "stored"
 
     def __post_init__(self) -> None:
         params = SamplingParams(max_new_tokens=self.max_new_tokens)
-        count = len(self.asked)
-        self.queue = Queue(self.loaded, self.asked, count, params, adapter=self.adapter, vllm=self.vllm)
+        self.queue = Queue(
+            self.loaded, self.asked, len(self.asked), params, adapter=self.adapter, vllm=self.vllm,
+            decode_weights=self.decode_weights,
+        )  # fmt: skip
 
     def check(self) -> None:
         """Raise UserError for a prompt that the template refuses, that is empty, or that fills the window."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from tunesmith.errors import RecipeError
 from tunesmith.rollout.rewards import Reward
@@ -46,6 +46,17 @@ class RolloutKeys(BaseModel):
     overlong: Literal["error", "drop", "truncate"] = Field(
         "error", description="a prompt that leaves no room for max_new_tokens; truncate cuts its left"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_int8(cls, given: object) -> object:
+        if isinstance(given, dict) and "decode_weights" in given:
+            raise ValueError(
+                f"decode_weights {given['decode_weights']} is not a key of a run that learns from its samples: their "
+                "log-probabilities must be those of the policy, whose weights are not rounded.\n"
+                "  Remove objective.decode_weights; tunesmith generate and chat have --decode-weights."
+            )
+        return given
 
     def sampling(self, seed: int) -> SamplingParams:
         from tunesmith.models.generate.sampling import SamplingParams

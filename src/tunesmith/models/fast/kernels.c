@@ -80,10 +80,9 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
 #define GET JOIN(get, SUFFIX)
 #define PUT JOIN(put, SUFFIX)
 
-/* W: the type of weights in a decoding step, where it may be narrower than T. */
+/* W: the type of weights in a decoding step, where it may be narrower than T. FT: the functions for T. */
 #define W T
 #define FT F
-#define GET_W GET
 #include "kernels_products.c"
 #include "kernels_decode.c"
 #define T float
@@ -98,17 +97,38 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
 #undef SUFFIX
 #undef W
 #undef FT
-#undef GET_W
 #undef GET
 #undef PUT
+/* The forms of the decoding step whose weights are not of type T. */
+#define HAS_PANELS_mixed 1
+#define HAS_PANELS_int8_f32 1
+#define HAS_PANELS_int8_bf16 1
+#define IS_INT8_int8_f32 1
+#define IS_INT8_int8_bf16 1
 #define T float
-#define W uint16_t
-#define SUFFIX mixed
-#define IS_MIXED_mixed 1
-#define FT(name) JOIN(name, f32)
 #define GET get_f32
 #define PUT put_f32
-#define GET_W get_bf16
+#define FT(name) JOIN(name, f32)
+#define W uint16_t
+#define SUFFIX mixed
+#include "kernels_products.c"
+#include "kernels_decode.c"
+#undef W
+#undef SUFFIX
+#define W int8_t
+#define SUFFIX int8_f32
+#include "kernels_products.c"
+#include "kernels_decode.c"
+#undef T
+#undef SUFFIX
+#undef GET
+#undef PUT
+#undef FT
+#define T uint16_t
+#define GET get_bf16
+#define PUT put_bf16
+#define FT(name) JOIN(name, bf16)
+#define SUFFIX int8_bf16
 #include "kernels_products.c"
 #include "kernels_decode.c"
 #else

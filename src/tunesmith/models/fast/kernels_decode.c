@@ -61,7 +61,7 @@ static void wait_for_all(const Step *s) {
 }
 #else
 
-#if !JOIN(IS_MIXED, SUFFIX) /* these read no weights */
+#if !JOIN(HAS_PANELS, SUFFIX) /* these read no weights */
 /* out (group, dim) = p (group, seen) v (seen, dim). */
 INLINE void F(mix)(const float *p, const T *v, float *out, i64 seen, i64 dim, int group) {
     i64 d = 0;
@@ -197,7 +197,7 @@ static void F(project)(const Step *s, const void *weight, const void *bias, cons
     for (i64 at = first; at < end; at += s->outputs) {
         i64 count = end - at < s->outputs ? end - at : s->outputs;
         float *sums = add ? s->chunk : y + at * wide;
-        F(dots)(w + at * in, in, count, x, wide, sums);
+        F(dots)(w + at * LINE(in), in, count, x, wide, sums);
         if (b) EACH(i, count) SIMD EACH(r, wide) sums[i * wide + r] += GET(b[at + i]);
         F(add_lora)(s, lora, l, at, count, sums);
         if (add) SIMD EACH(i, count * wide) y[at * wide + i] += sums[i];
@@ -237,8 +237,8 @@ static void F(gate_and_up)(const Step *s, const Layer *layer) {
     for (i64 at = first; at < end; at += s->outputs) {
         i64 count = end - at < s->outputs ? end - at : s->outputs;
         float *g = s->chunk, *u = g + count * wide;
-        F(dots)(gate + at * hidden, hidden, count, s->normed, wide, g);
-        F(dots)(up + at * hidden, hidden, count, s->normed, wide, u);
+        F(dots)(gate + at * LINE(hidden), hidden, count, s->normed, wide, g);
+        F(dots)(up + at * LINE(hidden), hidden, count, s->normed, wide, u);
         F(add_lora)(s, layer->loras + ON_GATE, 0, at, count, g);
         F(add_lora)(s, layer->loras + ON_UP, 1, at, count, u);
         SIMD EACH(i, count * wide) g[i] = g[i] / (1.0f + fast_exp(-g[i])) * u[i];
@@ -278,7 +278,7 @@ static void F(project_to_logits)(const Step *s, const W *head, float *logits) {
     own_part(s, vocabulary, UNIT, &first, &end);
     for (i64 at = first; at < end; at += s->outputs) {
         i64 count = end - at < s->outputs ? end - at : s->outputs;
-        F(dots)(head + at * hidden, hidden, count, s->normed, wide, s->chunk);
+        F(dots)(head + at * LINE(hidden), hidden, count, s->normed, wide, s->chunk);
         swap_axes(s->chunk, wide, logits + at, vocabulary, count, s->n->rows);
     }
 }

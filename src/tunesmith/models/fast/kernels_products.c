@@ -7,8 +7,10 @@
  * rows are padded with zeros. Inputs are `A`: bf16 where the processor multiplies pairs of bf16 and adds them in
  * fp32 (PAIRS), else fp32.
  *
- * The mixed form multiplies fp32 inputs by bf16 copies of fp32 weights, where the copies lose nothing. A copy is read
- * in half the time, and is laid out so that widening it costs little: see `pack_panels`. Its rows lie one after another.
+ * The forms with panels read copies of the weights that are smaller and laid out so that widening them in a register
+ * costs little. Rows of inputs then lie one after another. The mixed form multiplies fp32 inputs by bf16 copies of fp32
+ * weights, where the copies lose nothing (`pack_panels`). The int8 forms multiply inputs of a network in fp32 or bf16 by
+ * weights that were rounded to int8 (`pack_int8`).
  */
 #ifndef T
 #if defined(__x86_64__)
@@ -30,9 +32,10 @@ typedef float V8 __attribute__((vector_size(32)));
 typedef uint32_t VI8 __attribute__((vector_size(32)));
 #define PAIRS_f32 0
 #define PAIRS_mixed 0
+#define PAIRS_int8_f32 0
+#define PAIRS_int8_bf16 PAIRS_bf16
 #define HALF_f32 0
 #define HALF_bf16 1
-#define HALF_mixed 1
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define PAIRS_bf16 1
 INLINE V pairs_add(V sum, VI a, VI b) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
@@ -40,6 +43,18 @@ INLINE V8 pairs_add_8(V8 sum, VI8 a, VI8 b) { return (V8)_mm256_dpbf16_ps((__m25
 #else
 #define PAIRS_bf16 0
 #endif
+/* LANES numbers of int8, widened to fp32. */
+INLINE V widen_int8(const int8_t *w) {
+#if defined(__AVX512F__)
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+#elif defined(__AVX2__)
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)w)));
+#else
+    V lanes;
+    EACH(i, LANES) lanes[i] = w[i];
+    return lanes;
+#endif
+}
 INLINE float sum_lanes(V x) {
 #if defined(__AVX__)
 #if LANES == 16
@@ -99,7 +114,11 @@ void largest_and_logsumexp(const float *logits, i64 *largest, float *logsumexp, 
 #define PANEL (2 * LANES)
 #define TALL (LANES == 16 ? 12 : 6)
 #define GROUP (8 * TALL) /* rows whose outputs are transposed at once */
-#define AHEAD 2048 /* numbers of a panel that are fetched before they are needed */
+/* Bytes of a panel that are fetched before they are needed. One or two rows read a panel faster than that: the
+ * processor's own prefetching is then disturbed (an AMD Zen 4 core read 19 instead of 24 GB/s). From three rows on, it
+ * ends before the panel is multiplied (8 rows took 46 instead of 27 ms). */
+#define AHEAD 4096
+#define WAITS(rows) ((rows) > 2)
 
 /* w (outputs, in) -> panels of bf16, the last one padded with zeros, where nothing is lost: if the lower half of a
  * number is not 0, *exact = 0, and the panels are not complete. */
@@ -139,6 +158,7 @@ static inline i64 padded_rows(i64 rows) {
 #undef A_PUT
 #undef A_GET
 #undef STEP
+#undef LINE
 #undef WIDE
 #undef UNIT
 #undef OUTPUTS
@@ -154,47 +174,90 @@ static inline i64 padded_rows(i64 rows) {
 #define STEP LANES
 #endif
 
-#if JOIN(IS_MIXED, SUFFIX)
+#if JOIN(HAS_PANELS, SUFFIX)
 #define WIDE(rows) (rows)
 #define UNIT PANEL
 #define OUTPUTS(wide) ((wide) > FEW ? 64 : FEW_CHUNK)
+#if JOIN(IS_INT8, SUFFIX)
+#define LINE(in) ((in) + (i64)sizeof(float)) /* numbers of an output: its weights and its scale */
+#else
+#define LINE(in) (in)
+#endif
+#define AT_ONCE (JOIN(PAIRS, SUFFIX) ? 2 : 1) /* inputs of one multiplication */
 
 INLINE i64 F(input_at)(i64 f, i64 r, i64 in, i64 wide) { (void)wide; return r * in + f; }
 
-static void F(store_inputs)(const float *from, i64 first, i64 count, float *to, i64 in, i64 wide) {
+static void F(store_inputs)(const float *from, i64 first, i64 count, A *to, i64 in, i64 wide) {
+#if JOIN(PAIRS, SUFFIX)
+    EACH(r, wide) EACH(f, count) to[r * in + first + f] = A_PUT(from[f * wide + r]);
+#else
     swap_axes(from, wide, to + first, in, count, wide);
+#endif
 }
 
-/* y (rows, PANEL) = x (rows, in) times one panel, `steps` inputs at a time in sums of their own: one sum alone waits
- * for each addition to end. */
-INLINE void F(multiply_panel)(const W *panel, i64 in, const float *x, float *y, int rows, int steps) {
+/* The weights of AT_ONCE inputs from w on, for the lower and the upper half of a panel's outputs. */
+INLINE void F(read_panel)(const W *w, VI *low, VI *high) {
+#if !JOIN(IS_INT8, SUFFIX)
+    VI both;
+    memcpy(&both, w, sizeof(both));
+    *low = both << 16;
+    *high = both & 0xFFFF0000u;
+#else
+    *low = (VI)widen_int8(w);
+    *high = (VI)widen_int8(w + LANES);
+#if JOIN(PAIRS, SUFFIX) /* each int8 is a bf16 number */
+    *low = *low >> 16 | (VI)widen_int8(w + PANEL);
+    *high = *high >> 16 | (VI)widen_int8(w + PANEL + LANES);
+#endif
+#endif
+}
+
+/* y (rows, PANEL) = x (rows, in) times one panel, `steps` multiplications at a time in sums of their own: one sum alone
+ * waits for each addition to end. */
+INLINE void F(multiply_panel)(const W *panel, i64 in, const A *x, float *y, int rows, int steps) {
     V sums[4][TALL][2] = {{{{0}}}};
-    const float *at[TALL / 3]; /* one pointer for three rows, hidden from the compiler, which else spills all offsets */
+    const A *at[TALL / 3]; /* one pointer for three rows, hidden from the compiler, which else spills all offsets */
     UNROLL for (int j = 0; j < (rows + 2) / 3; j++) { at[j] = x + 3 * j * in; HIDE(at[j]); }
+#if JOIN(PAIRS, SUFFIX)
+#define ADD(sum, weights, row)                                 \
+    {                                                          \
+        uint32_t pair;                                         \
+        memcpy(&pair, row, sizeof(pair));                      \
+        sum = pairs_add(sum, weights, (VI){0} + pair);         \
+    }
+#else
+#define ADD(sum, weights, row) sum += (V)(weights) * *(row);
+#endif
 #define MULTIPLY(step)                                                                      \
     {                                                                                       \
-        VI both;                                                                            \
-        memcpy(&both, panel + (k + step) * PANEL, sizeof(both));                            \
-        V low = (V)(both << 16), high = (V)(both & 0xFFFF0000u);                            \
-        __builtin_prefetch(panel + (k + step) * PANEL + AHEAD, 0, 2);                       \
+        VI low, high;                                                                       \
+        i64 place = k + step * AT_ONCE;                                                     \
+        F(read_panel)(panel + place * PANEL, &low, &high);                                  \
+        if (WAITS(rows)) __builtin_prefetch((const char *)(panel + place * PANEL) + AHEAD, 0, 2); \
         UNROLL for (int r = 0; r < rows; r++) {                                             \
-            float input = at[r / 3][r % 3 * in + k + step];                                 \
-            sums[step][r][0] += low * input;                                                \
-            sums[step][r][1] += high * input;                                               \
+            const A *row = at[r / 3] + r % 3 * in + place;                                  \
+            ADD(sums[step][r][0], low, row)                                                 \
+            ADD(sums[step][r][1], high, row)                                                \
         }                                                                                   \
     }
     i64 k = 0;
-    for (; k + steps <= in; k += steps) UNROLL for (int step = 0; step < steps; step++) MULTIPLY(step)
-    for (; k < in; k++) MULTIPLY(0)
+    for (; k + steps * AT_ONCE <= in; k += steps * AT_ONCE) UNROLL for (int step = 0; step < steps; step++) MULTIPLY(step)
+    for (; k < in; k += AT_ONCE) MULTIPLY(0)
 #undef MULTIPLY
+#undef ADD
     UNROLL for (int step = 1; step < steps; step++)
         UNROLL for (int r = 0; r < rows; r++) UNROLL for (int half = 0; half < 2; half++) sums[0][r][half] += sums[step][r][half];
+#if JOIN(IS_INT8, SUFFIX)
+    V scales[2];
+    memcpy(scales, panel + in * PANEL, sizeof(scales));
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int half = 0; half < 2; half++) sums[0][r][half] *= scales[half];
+#endif
     UNROLL for (int r = 0; r < rows; r++) memcpy(y + r * PANEL, sums[0][r], sizeof(sums[0][r]));
 }
 
 /* y (wide, PANEL) = x (wide, in) times one panel, in tiles of about equal height. Tiles of four rows wait for their
  * additions; five and three rows take less time than twice four. */
-static void F(panel_rows)(const W *panel, i64 in, const float *x, i64 wide, float *y) {
+static void F(panel_rows)(const W *panel, i64 in, const A *x, i64 wide, float *y) {
     i64 tiles = (wide + TALL - 1) / TALL, tall = (wide + tiles - 1) / tiles;
     if (tall == 4 && tiles > 1) tall = 5;
 #define ROWS(rows, steps) case rows: F(multiply_panel)(panel, in, x + r * in, y + r * PANEL, rows, steps); break;
@@ -209,20 +272,22 @@ static void F(panel_rows)(const W *panel, i64 in, const float *x, i64 wide, floa
 }
 
 /* out (count, wide) = w x^T for the panels of `count` outputs and x (wide, in). */
-static void F(dots)(const W *w, i64 in, i64 count, const float *x, i64 wide, float *out) {
+static void F(dots)(const W *w, i64 in, i64 count, const A *x, i64 wide, float *out) {
     float y[GROUP * PANEL];
     for (i64 i = 0; i < count; i += PANEL) for (i64 r = 0; r < wide; r += GROUP) {
         i64 rows = wide - r < GROUP ? wide - r : GROUP;
-        F(panel_rows)(w + i * in, in, x + r * in, rows, y);
+        F(panel_rows)(w + i * LINE(in), in, x + r * in, rows, y);
         swap_axes(y, PANEL, out + i * wide + r, wide, rows, count - i < PANEL ? count - i : PANEL);
     }
 }
 
 /* The same for a factor of a LoRA, which lies as it is stored. */
-static void F(factor_dots)(const T *w, i64 in, i64 count, const float *x, i64 wide, float *out) {
-    for (i64 r = 0; r < wide; r += FEW) dots_along_f32(w, in, count, x + r * in, wide - r < FEW ? wide - r : FEW, out + r, wide, 1);
+static void F(factor_dots)(const T *w, i64 in, i64 count, const A *x, i64 wide, float *out) {
+    for (i64 r = 0; r < wide; r += FEW) FT(dots_along)(w, in, count, x + r * in, wide - r < FEW ? wide - r : FEW, out + r, wide, 1);
 }
+#undef AT_ONCE
 #else
+#define LINE(in) (in)
 #define WIDE(rows) padded_rows(rows)
 #define UNIT 8
 #define OUTPUTS(wide) ((wide) > FEW ? CHUNK : FEW_CHUNK)
@@ -283,7 +348,7 @@ INLINE void F(along)(const W *w, i64 gap, i64 in, const A *x, float *out, i64 w_
         }
     UNROLL for (int i = 0; i < tall; i++) UNROLL for (int r = 0; r < rows; r++) {
         float sum = sum_lanes(sums[i][r]);
-        for (i64 rest = k; rest < in; rest++) sum += GET_W(w[i * gap + rest]) * A_GET(x[r * in + rest]);
+        for (i64 rest = k; rest < in; rest++) sum += GET(w[i * gap + rest]) * A_GET(x[r * in + rest]);
         out[i * w_stride + r * x_stride] = sum;
     }
 }
@@ -360,6 +425,25 @@ TILE(tile, V, VI, pairs_add)
 #if LANES == 16
 TILE(tile_8, V8, VI8, pairs_add_8)
 #endif
+
+/* w (outputs, in), rounded to int8 -> panels, the last one padded with zeros, each followed by the scales of its
+ * outputs. The largest weight of an output becomes 127 or -127, so that 0 stays 0. */
+void F(pack_int8)(const T *w, int8_t *panels, i64 outputs, i64 in) {
+    i64 bytes = PANEL * (in + (i64)sizeof(float));
+    PARALLEL EACH(p, (outputs + PANEL - 1) / PANEL) {
+        int8_t *to = panels + p * bytes;
+        float scales[PANEL] = {0};
+        memset(to, 0, (size_t)bytes);
+        for (i64 o = 0; o < PANEL && p * PANEL + o < outputs; o++) {
+            const T *row = w + (p * PANEL + o) * in;
+            float top = 0.0f;
+            SIMD_MAX(top) EACH(k, in) { float x = fabsf(GET(row[k])); top = x > top ? x : top; }
+            scales[o] = top / 127.0f;
+            if (scales[o] > 0.0f) EACH(k, in) to[k * PANEL + o] = (int8_t)nearbyintf(GET(row[k]) / scales[o]);
+        }
+        memcpy(to + PANEL * in, scales, sizeof(scales));
+    }
+}
 
 /* out (count, wide) = w (count, in) x^T for inputs as store_inputs leaves them; wide = padded_rows(rows). `in` is even
  * unless wide <= FEW. */

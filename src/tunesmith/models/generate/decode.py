@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict, Unpack
 from tunesmith.data.encode import conversations
 from tunesmith.data.rows import Chat, Message, Text
 from tunesmith.errors import ModelError, UserError
+from tunesmith.models.generate.decode_step import DecodeWeights
 from tunesmith.models.generate.engine import Engine
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.generate.sampling import SamplingParams
@@ -56,6 +57,7 @@ def generate(
     system: str | None = None,
     plain: bool = False,
     precision: str = "auto",
+    decode_weights: DecodeWeights = "stored",
     max_running: int | None = None,
     on_answer: Callable[[int, str], None] | None = None,
     **settings: Unpack[SamplingFields],
@@ -64,15 +66,16 @@ def generate(
 
     ``model``: a name or folder, or a pair (model, tokenizer). ``plain``: prompts are text to continue even if
     there is a chat template. ``precision``: auto, fp32, bf16 or fp16, in which a model that is loaded here
-    computes; a model in memory keeps its dtype. ``max_running``: prompts answered at once; None = as many as
-    memory allows, at most 64. ``on_answer(row, answer)`` is called for each answer when it ends. ``settings``: fields of
-    ``SamplingParams``. Raises ModelError, and UserError for a prompt that is empty or fills the model's window.
+    computes; a model in memory keeps its dtype. ``decode_weights``: as in ``Engine``. ``max_running``:
+    prompts answered at once; None = as many as memory allows, at most 64. ``on_answer(row, answer)`` is
+    called for each answer when it ends. ``settings``: fields of ``SamplingParams``. Raises ModelError, and
+    UserError for a prompt that is empty or fills the model's window.
     """
     params = SamplingParams(**settings)
     network, tokenizer = _load(model, precision)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     ids = [prompt_ids(prompt, tokenizer, system, plain) for prompt in prompts]
-    engine = Engine(network, tokenizer, max_running)
+    engine = Engine(network, tokenizer, max_running, decode_weights=decode_weights)
     requests = [Request(tuple(row), params, number) for number, row in enumerate(ids)]
     engine.check(requests)  # report a prompt that is too long before any answer is generated
     answers = [""] * len(ids)

@@ -8,9 +8,9 @@ or with LoRAs, on a CPU. ``SlotPass`` compares its first result with that of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from tunesmith.models.fast import kernels
 from tunesmith.models.generate.row_adapters import LoraStack
 from tunesmith.models.generate.slot_cache import SlotCache
 from tunesmith.models.load import huge_pages
-from tunesmith.models.network import attribute, has_attributes, sliding_window, submodule
+from tunesmith.models.network import attribute, has_attributes, sliding_window, submodule, without_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,8 +29,14 @@ FEW_ROWS = 4
 """With more rows, the C step lays them out side by side (FEW in kernels_products.c)."""
 PANEL = 32
 """Copies have room for a multiple of so many outputs: the larger PANEL of kernels_products.c."""
+SCALE_BYTES = 4
+"""Each output of an int8 copy has its scale, fp32, after the weights."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+DecodeWeights: TypeAlias = Literal["stored", "int8"]
+"""The weights that decoding reads: as they are stored, or rounded to int8 with a scale for each output."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,21 @@ class DecodeStep:
     window: int
 
     panels: Mapping[int, Tensor] = field(default_factory=dict)
-    """bf16 copies of the matrices, by id, laid out as kernels_products.c says; empty if these are read as they are."""
+    """Copies of the matrices, by id, laid out as kernels_products.c says; empty if these are read as they are."""
+    weights: DecodeWeights = "stored"
+    """What the copies hold: the numbers of the matrices in bf16, or these rounded to int8."""
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The weights of all products."""
+        return [x for layer in self.layers for x in layer if x is not None and x.dim() == 2] + [self.head]
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """The layers of these weights, without their LoRAs."""
+        head = self.core.get_output_embeddings()
+        assert head is not None
+        return [_base(one) for products in self.products for one in products] + [head]
 
     def packed(self) -> DecodeStep:
         """Return a step that reads bf16 copies of its fp32 matrices: half the bytes, and the same numbers.
@@ -61,20 +81,25 @@ class DecodeStep:
         Weights that were saved in bf16 and compute in fp32 lose nothing. This step is returned if a number is no
         bf16 number, or if the copies would take too much of the free memory.
         """
-        matrices = [x for layer in self.layers for x in layer if x is not None and x.dim() == 2] + [self.head]
-        sizes = [-(-matrix.shape[0] // PANEL) * PANEL * matrix.shape[1] for matrix in matrices]
-        too_large = 2 * sum(sizes) > huge_pages.MEMORY_SHARE * machine.free_bytes(torch.device("cpu"))
-        if self.head.dtype is not torch.float32 or too_large:
+        if self.head.dtype is not torch.float32:
             return self
-        block = huge_pages.allocate(2 * sum(sizes))
-        block = torch.empty(2 * sum(sizes), dtype=torch.uint8) if block is None else block
+        parts = _room([2 * _padded(matrix) * matrix.shape[1] for matrix in self.matrices])
         panels, exact = {}, torch.empty(1, dtype=torch.int64)
-        for matrix, part in zip(matrices, block.view(torch.bfloat16).split(sizes), strict=True):
+        for matrix, part in zip(self.matrices, parts, strict=False):
             kernels.call("pack_panels", None, matrix, part, *matrix.shape, exact)
             if not exact:
                 return self
             panels[id(matrix)] = part
         return replace(self, panels=panels)
+
+    def in_int8(self) -> DecodeStep:
+        """Return a step that reads int8 copies of its matrices; this step, if they would take too much memory."""
+        parts = _room([_padded(matrix) * (matrix.shape[1] + SCALE_BYTES) for matrix in self.matrices])
+        panels = {}
+        for matrix, part in zip(self.matrices, parts, strict=False):
+            kernels.call("pack_int8", matrix.dtype, matrix, part, *matrix.shape)
+            panels[id(matrix)] = part
+        return replace(self, panels=panels, weights="int8") if panels else self
 
     def __call__(
         self, ids: Tensor, cache: SlotCache, loras: LoraStack | None = None, keep: Tensor | None = None
@@ -110,12 +135,34 @@ class DecodeStep:
         arrays = torch.tensor(pointers), torch.tensor(sizes)
         places = cache.slot_of_token, cache.place_of_token
         name, dtype = ("decode_step_mixed", None) if self.panels else ("decode_step", self.norm.dtype)
+        if self.weights == "int8":
+            name, dtype = "decode_step_int8", self.norm.dtype
         head = self.panels.get(id(self.head), self.head)
         kernels.call(
             name, dtype, x, *arrays, self.norm, head, *tables, *places,
             0 if keep is None else keep, logits, self.epsilon, self.scale,
         )  # fmt: skip
         return logits
+
+
+def _padded(matrix: Tensor) -> int:
+    """Return the outputs of a copy of ``matrix``, padding included."""
+    return -(-matrix.shape[0] // PANEL) * PANEL
+
+
+def _room(sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Return memory for copies of so many bytes, on huge pages; none if it is too much of the free memory."""
+    total = sum(sizes)
+    if total > huge_pages.MEMORY_SHARE * machine.free_bytes(torch.device("cpu")):
+        return []
+    block = huge_pages.allocate(total)
+    return (torch.empty(total, dtype=torch.uint8) if block is None else block).split(list(sizes))
+
+
+def _base(linear: nn.Module) -> nn.Module:
+    """Return the layer without its LoRA."""
+    base: nn.Module = without_adapter(linear) if has_attributes(linear, "lora_A") else linear
+    return base
 
 
 def decode_step(core: PreTrainedModel) -> DecodeStep | None:
@@ -173,7 +220,7 @@ def _layer(block: nn.Module) -> tuple[tuple[Tensor | None, ...], tuple[nn.Module
     if attention is None or mlp is None or len(list(block.children())) != 4 or None in norms:
         return None
     products = [submodule(attention, name) for name in ATTENTION] + [submodule(mlp, name) for name in MLP]
-    bases = [x.base_layer if has_attributes(x, "lora_A", "base_layer") else x for x in products]
+    bases = [_base(one) for one in products]
     if any(type(linear) is not nn.Linear for linear in bases):
         return None
     linears = bases[: len(ATTENTION)], bases[len(ATTENTION) :]

@@ -21,6 +21,8 @@ from tunesmith import machine
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.generate import sampling
+from tunesmith.models.generate.decode_step import DecodeWeights, decode_step
+from tunesmith.models.generate.row_adapters import CannotStack, RowAdapters
 from tunesmith.models.generate.running_rows import Answer, Request, Row, token_limit
 from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.models.generate.slots import Slots, Timing
@@ -52,7 +54,8 @@ class Engine:
     (``rule_logprobs``), and the ``reason`` why it ended.
 
     ``max_running``: rows at once; None = as memory allows, at most ``MAX_RUNNING``. ``note``: called once with a
-    sentence if the model runs row by row.
+    sentence if the model runs row by row. ``decode_weights``: ``"int8"`` rounds the weights that decoding reads; never
+    for log-probabilities that training learns from. Raises ModelError for a model whose decoding cannot read them.
     """
 
     def __init__(
@@ -61,12 +64,14 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         max_running: int | None = None,
         note: Callable[[str], None] = lambda sentence: None,
+        decode_weights: DecodeWeights = "stored",
     ) -> None:
         if max_running is not None and max_running < 1:
             raise UserError(f"max_running is {max_running}; expected at least 1")
         self.model, self.tokenizer = model, tokenizer
-        self.core = _core(model)
-        self.slots = Slots(self.core, max_running or MAX_RUNNING, note)
+        self.core, self.decode_weights = _core(model), decode_weights
+        check_decode_weights(self.core, decode_weights)
+        self.slots = Slots(self.core, max_running or MAX_RUNNING, note, decode_weights)
         self.stop = stop_ids(self.core, tokenizer)
         self._fingerprint, self._layers = "", ""
 
@@ -170,7 +175,7 @@ class Engine:
 
     def _check_weights(self) -> None:
         """Empty the slots if the weights are not those that filled them; choose the pass of other layers."""
-        now, layers = fingerprint(self.model), _layers(self.core)
+        now, layers = fingerprint(self.model, self.decode_weights), _layers(self.core)
         if layers != self._layers:
             self.slots.choose_again()
         elif now != self._fingerprint:
@@ -237,14 +242,38 @@ def _likeliest(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
     return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Return a hash of some numbers of every parameter: training, merging or another adapter changes it."""
+def fingerprint(model: PreTrainedModel, decode_weights: DecodeWeights = "stored") -> str:
+    """Return a hash of some numbers of every parameter: training, merging or another adapter changes it.
+
+    With int8 weights it ends with their name: the model is not the policy that training knows.
+    """
     digest = hashlib.sha256(adapter_state(model).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
         digest.update(name.encode() + some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16] + ("" if decode_weights == "stored" else f"-{decode_weights}")
+
+
+def check_decode_weights(core: PreTrainedModel, decode_weights: DecodeWeights) -> None:
+    """Raise ModelError if decoding of ``core`` with its adapters cannot read such weights."""
+    if decode_weights == "stored":
+        return
+    advice = "Leave it out to decode with the weights as they are stored."
+    if decode_step(core) is None:
+        where = f"in {str(core.dtype).removeprefix('torch.')} on {core.device.type}"
+        raise ModelError(
+            f"decode_weights {decode_weights} is not supported for {type(core).__name__} {where}: it needs a network of "
+            f"llama's structure in fp32 or bf16 on a CPU, and a C compiler.\n  {advice}"
+        )
+    adapters = RowAdapters(core)
+    try:
+        if adapters.layers:
+            adapters.stack(adapters.names)
+    except CannotStack as reason:
+        raise ModelError(
+            f"decode_weights {decode_weights} is not supported with this adapter: {reason}.\n  {advice}"
+        ) from None
 
 
 def _layers(core: PreTrainedModel) -> str:

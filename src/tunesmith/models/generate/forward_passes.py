@@ -15,7 +15,8 @@ from transformers.cache_utils import DynamicCache
 from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.generate import slot_cache
-from tunesmith.models.generate.decode_step import FEW_ROWS, DecodeStep, decode_step
+from tunesmith.models.generate.decode_step import FEW_ROWS, DecodeStep, DecodeWeights, decode_step
+from tunesmith.models.generate.int8_weights import int8_forward
 from tunesmith.models.generate.row_adapters import ACTIVE, CannotStack, RowAdapters
 from tunesmith.models.generate.slot_cache import CannotUseSlots, Piece, SlotCache
 
@@ -62,18 +63,19 @@ class SlotPass:
         core: PreTrainedModel,
         note: Callable[[str], None] = lambda sentence: None,
         adapters: RowAdapters | None = None,
+        decode_weights: DecodeWeights = "stored",
     ) -> None:
-        self.core, self.note = core, note
+        self.core, self.note, self.decode_weights = core, note, decode_weights
         self.adapters = adapters or RowAdapters(core)
         self.cache = SlotCache(0, 0, virtual_tokens.count(core))
         self.has_virtual_tokens = False
         """The slots begin with the virtual tokens as they are now."""
         self.step = decode_step(core)
         self.packed_step: DecodeStep | None = None
-        """The step with bf16 copies of the weights as they are now, where these lose nothing."""
+        """The step with copies of the weights as they are now: in bf16 where these lose nothing, or in int8."""
         self.checked_steps = set[tuple[bool, bool, bool, bool]]()
         """The kinds of C steps that were compared with the model's own forward: many rows, LoRAs, several of them,
-        bf16 copies."""
+        copies of the weights."""
         self.stack_checked = False
         self.can_stack = True
 
@@ -88,7 +90,9 @@ class SlotPass:
         if self.cache.virtual and not self.has_virtual_tokens:
             self._begin_slots()
         self.cache.begin(pieces, self.core.device)
-        if self.step is not None and self.cache.decoding and self.cache.keys:
+        # the last token of a prompt, alone, is computed as the rest of the prompt: with the weights as stored
+        exact = self.decode_weights == "stored" or all(piece.drawn for piece in pieces)
+        if self.step is not None and self.cache.decoding and self.cache.keys and exact:
             try:
                 return self._decode(self.step, pieces)
             except CannotStack:
@@ -155,10 +159,11 @@ class SlotPass:
         adapters = [self.adapters.active if piece.adapter == ACTIVE else piece.adapter for piece in pieces]
         loras = self.adapters.stack(adapters) if self.adapters.layers else None
         keep = loras.keep(adapters) if loras and len({*adapters, *loras.names}) > 1 else None
-        self.packed_step = step = self.packed_step or step.packed()
+        self.packed_step = step = self.packed_step or self._packed(step)
         kind = len(pieces) > FEW_ROWS, loras is not None, keep is not None, bool(step.panels)
         is_new = kind not in self.checked_steps
-        expected = self._forward_of_adapters(pieces) if is_new else None
+        with int8_forward(step.linears if is_new and step.weights == "int8" else ()):
+            expected = self._forward_of_adapters(pieces) if is_new else None
         logits = step(torch.tensor([piece.ids[0] for piece in pieces]), self.cache, loras, keep)
         self.checked_steps.add(kind)
         if expected is None or (off := difference(logits, expected)) <= TOLERANCE[self.core.dtype]:
@@ -166,6 +171,15 @@ class SlotPass:
         self.step = self.packed_step = None
         self.note(f"decoding without the C step: its logits differ by {off:.1e}")
         return self._forward_of_adapters(pieces)  # again, because the step has written into the cache
+
+    def _packed(self, step: DecodeStep) -> DecodeStep:
+        """Return ``step`` with the copies of the weights that it reads."""
+        if self.decode_weights == "stored":
+            return step.packed()
+        packed = step.in_int8()
+        if not packed.panels:
+            self.note("decoding with the weights as stored: too little memory is free for int8 copies")
+        return packed
 
     def _forward(self, pieces: Sequence[Piece]) -> Tensor:
         """Run all pieces by the model's own forward, side by side."""
@@ -271,6 +285,7 @@ def choose_pass(
     adapters: RowAdapters,
     prompts: Sequence[Sequence[int]],
     note: Callable[[str], None],
+    decode_weights: DecodeWeights = "stored",
 ) -> ForwardPass:
     """Return the fastest pass that is exact for ``core``. Call ``note`` if it is a slower one.
 
@@ -286,7 +301,7 @@ def choose_pass(
             f"{type(core).__name__} cannot continue a text: its own forward failed ({first_line(error)})."
         ) from error
     tolerance = TOLERANCE[core.dtype]
-    slots = SlotPass(core, note, adapters)
+    slots = SlotPass(core, note, adapters, decode_weights)
     reason = _why_not(slots, starts, expected, tolerance)
     if reason is None:
         return slots

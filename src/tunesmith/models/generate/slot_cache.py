@@ -37,13 +37,15 @@ class CannotUseSlots(Exception):
 class Piece:
     """Tokens of one row in a forward pass: ``ids`` follow ``ahead`` tokens that slot ``slot`` already holds.
 
-    ``adapter``: the name of the adapter that computes them; see ``row_adapters``.
+    ``adapter``: the name of the adapter that computes them; see ``row_adapters``. ``drawn``: the token is part of an
+    answer, not of a prompt.
     """
 
     ids: Sequence[int]
     slot: int
     ahead: int
     adapter: str | None = ACTIVE
+    drawn: bool = False
 
     @property
     def end(self) -> int:

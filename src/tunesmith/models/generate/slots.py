@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tunesmith import machine
 from tunesmith.models.generate import slot_cache
+from tunesmith.models.generate.decode_step import DecodeWeights
 from tunesmith.models.generate.forward_passes import ForwardPass, choose_pass
 from tunesmith.models.generate.row_adapters import RowAdapters
 from tunesmith.models.generate.running_rows import Row
@@ -50,8 +51,14 @@ class Slots:
     ``note`` is called with a sentence when the model cannot run over slots.
     """
 
-    def __init__(self, core: PreTrainedModel, most: int, note: Callable[[str], None]) -> None:
-        self.core, self.most, self.note = core, most, note
+    def __init__(
+        self,
+        core: PreTrainedModel,
+        most: int,
+        note: Callable[[str], None],
+        decode_weights: DecodeWeights = "stored",
+    ) -> None:
+        self.core, self.most, self.note, self.decode_weights = core, most, note, decode_weights
         self.adapters = RowAdapters(core)
         self.timing = Timing()
         self.capacity = 0
@@ -82,7 +89,7 @@ class Slots:
         if self._pass is None:
             prompt = row.request.ids
             starts = [prompt, prompt[: len(prompt) // 2 + 1]]
-            self._pass = choose_pass(self.core, self.adapters, starts, self.note)
+            self._pass = choose_pass(self.core, self.adapters, starts, self.note, self.decode_weights)
         too_few = self._made_for < min(self.wanted, self.most)
         if len(self._free) == self.count:
             if row.needed > self.capacity or too_few:
@@ -235,12 +242,9 @@ class Slots:
         pieces = []
         for row, size in zip(rows, sizes, strict=True):
             ahead = len(self.held[row.slot])
-            ids = (
-                [row.ids[-1]]
-                if size == 1 and self._left(row) == 1 and row.ids
-                else row.tokens[ahead : ahead + size]
-            )
-            pieces.append(Piece(ids, row.slot, ahead, row.adapter))
+            drawn = size == 1 and self._left(row) == 1 and bool(row.ids)
+            ids = [row.ids[-1]] if drawn else row.tokens[ahead : ahead + size]
+            pieces.append(Piece(ids, row.slot, ahead, row.adapter, drawn))
         logits = self._pass_of_rows()(pieces)
         for piece in pieces:
             self.held[piece.slot].extend(piece.ids)
