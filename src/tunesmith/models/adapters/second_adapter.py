@@ -88,7 +88,8 @@ def attach(model: PreTrainedModel, folder: Folder, name: str) -> dict[str, Tenso
         tensors |= load_file(file)
     stored = {key.removeprefix(WRAPPER): value for key, value in tensors.items() if key.endswith(FACTORS)}
     config = load.adapter_config(folder.path)
-    config.target_modules = {layer for key in stored for layer in [key.partition(".lora_")[0]]}
+    layers = sorted({key.partition(".lora_")[0] for key in stored})
+    config.target_modules = set(layers)  # from 20 names on, peft puts their common endings in their place
     config.task_type = model.active_peft_config.task_type  # else peft would look for a head
     config.modules_to_save = config.exclude_modules = config.layers_to_transform = None
     config.inference_mode, config.init_lora_weights = True, True
@@ -97,7 +98,7 @@ def attach(model: PreTrainedModel, folder: Folder, name: str) -> dict[str, Tenso
         model.add_adapter(name, config)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(key, flags.get(key.replace(".base_layer.", "."), False)))
-    for layer in config.target_modules:
+    for layer in layers:
         _fill(base(model).get_submodule(layer), layer, stored, name, folder)
     return tensors
 
