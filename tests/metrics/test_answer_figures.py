@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tunesmith.metrics import answer_figures, answer_metrics, comparison, metric_names
-from tunesmith.metrics.answer_figures import AnswerTerms
+from tunesmith.metrics.answer_figures import ModelAnswers
 from tunesmith.metrics.answer_metrics import Answered
 
 
@@ -21,7 +21,7 @@ def answers(count, right=lambda row: row % 3 == 0):
 
 
 def measured(found, names=("exact_match", "bleu", "length"), block=7):
-    terms = AnswerTerms(metric_names.of_names(names))
+    terms = ModelAnswers(metric_names.of_names(names))
     for start in range(0, len(found), block):
         terms.add(found[start : start + block])
     return terms
@@ -50,7 +50,7 @@ def test_a_baseline_is_compared_by_the_interval_of_the_paired_difference():
 
 def test_the_copied_prompt_has_no_length_of_its_own():
     found, texts = answers(12), answer_figures.metrics_of_texts(answer_metrics.table())
-    copied = AnswerTerms(texts)
+    copied = ModelAnswers(texts)
     copied.add(answer_figures.rewritten(found, None))
     assert "length" not in copied.measured and copied.value("token_f1") == pytest.approx(2 * 2 / 5)
 
@@ -84,7 +84,7 @@ def test_the_text_of_answers_is_not_kept():
 
     def peak(count):
         tracemalloc.start()
-        terms = AnswerTerms(metric_names.of_names(["exact_match", "length"]))
+        terms = ModelAnswers(metric_names.of_names(["exact_match", "length"]))
         for start in range(0, count, 20):
             terms.add(
                 [Answered(f"{row} {text}", (f"{row}",), prompt=f"{row} {text}", row=row) for row in range(start, start + 20)]

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from tunesmith.metrics import intervals
+from tunesmith.metrics import comparison
 from tunesmith.metrics.class_problems import PROBLEMS, calibration_terms, f1_of_each
-from tunesmith.metrics.intervals import RowFigure, of_difference, of_figure
+from tunesmith.metrics.comparison import of_difference, of_figure
+from tunesmith.metrics.intervals import RowFigure
 
 
 def rows(values, weights=None, function="ratio"):
@@ -15,14 +16,14 @@ def rows(values, weights=None, function="ratio"):
     return RowFigure(known, function)
 
 
-@pytest.mark.parametrize(("right", "count"), [(0, 7), (3, 20), (50, 50), (777, 1000)])
+@pytest.mark.parametrize(("right", "count"), [(0, 17), (3, 20), (50, 50), (777, 1000)])
 def test_a_share_of_rows_has_wilsons_interval(right, count):
     found = of_figure(rows([1] * right + [0] * (count - right)))
     expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def test_the_bootstrap_agrees_with_the_normal_interval_of_a_mean():
+def test_an_interval_of_a_mean_agrees_with_the_normal_one():
     values = np.random.default_rng(1).normal(2, 3, 400)
     found, error = of_figure(rows(values)), 1.96 * values.std(ddof=1) / 20
     assert found.value == pytest.approx(values.mean())
@@ -47,11 +48,38 @@ def test_the_order_of_rows_and_rows_of_one_side_do_not_count():
     assert of_difference(before, after) == of_difference(RowFigure({**before.rows, (1, 0): (9.0, 1.0)}), after)
 
 
-def test_there_is_no_interval_without_two_rows_or_something_to_divide_by():
-    assert of_figure(rows([1])) is None and of_figure(RowFigure({})) is None
-    assert rows([0, 0], [0, 0]).value is None and of_figure(rows([0, 0], [0, 0])) is None
-    assert of_difference(rows([0, 0], [0, 0]), rows([1, 2])) is None
-    assert of_figure(rows([float("nan"), 1])) is None
+def test_there_is_no_interval_of_few_rows_or_without_something_to_divide_by():
+    few, nothing = [1, 0, 1] * 3, np.zeros(10)
+    assert of_figure(rows(few)) is None and of_difference(rows(few), rows(few)) is None and of_figure(RowFigure({})) is None
+    assert of_figure(rows([*few, 1])) is not None
+    assert rows(nothing, nothing).value is None and of_figure(rows(nothing, nothing)) is None
+    assert of_difference(rows(nothing, nothing), rows([1, 2] * 5)) is None
+    assert of_figure(rows([float("nan"), *few])) is None
+
+
+def test_rows_of_one_cluster_count_once():
+    """Ten copies of each row say no more than one of each."""
+    values = np.random.default_rng(7).normal(2, 1, 30)
+    alone, copied = rows(values), rows(np.repeat(values, 10))
+    clusters = {place: place[1] // 10 for place in copied.rows}
+    once, clustered, fooled = of_figure(alone), of_figure(copied, clusters), of_figure(copied)
+    assert (clustered.low, clustered.high) == pytest.approx((once.low, once.high))
+    assert fooled.high - fooled.low < (once.high - once.low) / 3
+    before = RowFigure({place: (0.0, 1.0) for place in copied.rows})
+    change = of_difference(before, copied, clusters)
+    assert (change.low, change.high) == pytest.approx((once.low, once.high))
+    of_nine = {place: place[1] // 34 for place in copied.rows}
+    assert of_figure(copied, of_nine) is None, "nine documents are too few, whatever their rows"
+
+
+def test_an_interval_stays_in_the_range_of_its_figure():
+    """The F1 of a tagger that is nearly always right is at most 1; a mean of ten equal answers is not certain."""
+    hits = np.array([2.0] * 59 + [0.0])
+    found = of_figure(rows(hits * 3, np.full(60, 6.0)))
+    assert found.value == pytest.approx(59 / 60) and found.low < found.value < found.high == 1
+    clusters = {(0, row): row // 2 for row in range(60)}
+    assert of_figure(rows(np.ones(60)), clusters).low == pytest.approx(binomtest(30, 30).proportion_ci(0.95, "wilson").low)
+    assert of_figure(rows(np.abs(np.random.default_rng(0).normal(0, 1, 12)) ** 9)).low == 0
 
 
 def test_an_exponential_has_the_exponentials_of_the_interval():
@@ -62,7 +90,7 @@ def test_an_exponential_has_the_exponentials_of_the_interval():
     assert (perplexity.low, perplexity.high) == pytest.approx((np.exp(loss.low), np.exp(loss.high)), rel=1e-3)
     change = of_difference(*perplexities)
     assert change.value == pytest.approx(np.exp(after.value) - np.exp(before.value)) and change.low < change.value < change.high
-    large = rows([800.0, 900.0], function="exponential")  # exp overflows
+    large = rows([800.0, 900.0] * 30, function="exponential")  # exp overflows
     assert of_figure(large) is None and of_difference(perplexities[0], large) is None
 
 
@@ -84,15 +112,14 @@ def of_problem(name, seed, count=60):
 
 
 def drawn_rows(count):
-    """The rows of each draw of a bootstrap: those that ``intervals`` draws."""
-    generator = np.random.default_rng(0)
-    return np.concatenate([generator.integers(0, count, (100, count)) for _ in range(intervals.MOST_DRAWS // 100)])
+    """The rows of each draw of a bootstrap: those that ``comparison`` draws."""
+    return [np.repeat(np.arange(count), one.astype(int)) for block in comparison._counts(count) for one in block]
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_intervals_of_every_figure_are_those_of_a_direct_bootstrap(name, monkeypatch):
     """The figures are computed again, by the code of the metrics, from the rows of each draw."""
-    monkeypatch.setattr(intervals, "MOST_DRAWS", 200)
+    monkeypatch.setattr(comparison, "DRAWS", 200)
     problem, (scores, targets, names), count = PROBLEMS[name], of_problem(name, 5), 60
     places, losses = [(0, row) for row in range(count)], np.ones(count)
     again = scores[:, ::-1] if name != "regression" else scores + np.random.default_rng(1).normal(0, 2, scores.shape)
@@ -119,10 +146,10 @@ def test_intervals_of_every_figure_are_those_of_a_direct_bootstrap(name, monkeyp
                 low = max(low, 0)
             assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-9), key
     for label, of_class in f1_of_each(figures.get("eval_macro_f1")).items():
-        drawn = [one["per_class"][label]["f1"] for one in sides[0]]
-        assert of_class.value == pytest.approx(everything[0]["per_class"][label]["f1"]), label
+        found, drawn = of_figure(of_class), [one["per_class"][label]["f1"] for one in sides[0]]
+        assert of_class.value == found.value == pytest.approx(everything[0]["per_class"][label]["f1"]), label
         if label != "rare":  # scikit-learn calls the F1 of a class that no row has 0
-            assert of_figure(of_class).high == pytest.approx(np.quantile(drawn, 0.975)), label
+            assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.08), label
 
 
 def test_pairs_of_a_row_are_drawn_together():
@@ -144,5 +171,5 @@ def test_a_calibration_error_that_chance_makes_has_an_interval_that_holds_almost
 def test_a_figure_with_too_many_terms_has_no_interval(monkeypatch):
     figure = calibration_terms(np.full(50, 0.7), np.ones(50)).at([(0, row) for row in range(50)])
     assert of_figure(figure) is not None
-    monkeypatch.setattr(intervals, "MOST_TERMS", 50 * 15)
+    monkeypatch.setattr(comparison, "MOST_TERMS", 50 * 15)
     assert of_figure(figure) is None and figure.value == pytest.approx(0.3)

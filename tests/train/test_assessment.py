@@ -135,12 +135,13 @@ def test_the_page_of_an_evaluation_has_intervals_and_baselines(objective, groups
     assert "f1 low" in page and "f1 low" in plain(_tables(found))
 
 
-def evaluation(rights, baseline=None, remarks=()):
+def evaluation(rights, baseline=None, remarks=(), groups=None):
     rows = RowFigure({(0, row): (float(right), 1.0) for row, right in enumerate(rights)})
     known = RowFigure({(0, row): (float(right), 1.0) for row, right in enumerate(baseline or ())})
     always = {"words": "always good", "value": sum(baseline) / len(baseline), "rows": known} if baseline else {}
     baselines = {"eval_accuracy": always} if baseline else {}
-    return json.loads(json.dumps(assessment.measured(3, {"eval_accuracy": rows}, baselines, remarks)))
+    groups = {(0, row): row if groups is None else groups[row] for row in range(len(rights))}
+    return json.loads(json.dumps(assessment.measured(3, {"eval_accuracy": rows}, baselines, remarks, groups)))
 
 
 HALF, MOST, FEW = [0, 1] * 40, [1, 1, 1, 0] * 20, [1, 0, 0, 0] * 20
@@ -162,6 +163,45 @@ def test_the_verdict_in_words(before, after, baseline, expected, better):
     for line, words in zip(found["verdict"], expected):
         assert line.startswith(words)
     assert found["figures"]["eval_accuracy"]["change"]["better"] is better
+
+
+def test_rows_with_the_same_prompt_are_no_independent_evidence():
+    """Twelve prompts, each asked 20 times: the same gain that 240 prompts would prove is no evidence."""
+    before = [row // 20 % 4 == 0 for row in range(240)]
+    after = [row // 20 % 2 == 0 for row in range(240)]
+    prompts = [row // 20 for row in range(240)]
+    alone = assessment.assess(evaluation(after), evaluation(before), "eval_accuracy")
+    clustered = assessment.assess(evaluation(after, groups=prompts), evaluation(before, groups=prompts), "eval_accuracy")
+    assert alone["verdict"][0].startswith("better than before training")
+    assert clustered["verdict"][0].startswith("no difference from before training can be told from chance")
+    widths = [one["figures"]["eval_accuracy"]["high"] - one["figures"]["eval_accuracy"]["low"] for one in (alone, clustered)]
+    assert widths[1] > 3 * widths[0]
+
+
+def test_few_held_out_rows_are_named():
+    found = assessment.assess(evaluation([1] * 9), evaluation([0] * 9), "eval_accuracy")
+    assert found["verdict"] == ["9 held-out rows are too few to say whether the model is better: 10 or more are needed"]
+    assert found["figures"]["eval_accuracy"]["change"] is None
+
+
+def test_the_clusters_of_a_run_are_the_prompts_of_its_rows(tmp_path):
+    """A run that copies each held-out row is no surer of its loss than a run without the copies."""
+    made = recipe(tmp_path, count=12, max_steps=1, eval_steps=1)
+    rows = (tmp_path / "rows.jsonl").read_text()
+    found = []
+    for copies in (1, 4):
+        (tmp_path / "held_out.jsonl").write_text(rows * copies)
+        made["data"]["eval"] = {"path": str(tmp_path / "held_out.jsonl")}
+        found.append(tunesmith.train(made, out=tmp_path / f"run-{copies}")["assessment"]["figures"])
+        evaluated = tunesmith.evaluate(tmp_path / f"run-{copies}", tmp_path / "held_out.jsonl", precision="fp32")
+        found.append(evaluated["assessment"]["figures"])
+    for name in ("eval_loss", "perplexity"):
+        for one in found[1:]:
+            assert [one[name][key] for key in ("low", "high")] == pytest.approx(
+                [found[0][name][key] for key in ("low", "high")], rel=1e-3
+            )
+    change = [found[index]["eval_loss"]["change"] for index in (0, 2)]
+    assert [change[1][key] for key in ("low", "high")] == pytest.approx([change[0][key] for key in ("low", "high")], rel=1e-2)
 
 
 def test_a_model_that_predicts_one_class_only_is_named(tmp_path):

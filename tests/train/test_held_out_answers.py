@@ -102,7 +102,7 @@ def test_held_out_rows_of_a_fraction_are_the_ones_that_are_answered(tmp_path):
     result = tunesmith.train(made, out=tmp_path / "run")
     figures = {key for key in evaluations(tmp_path / "run")[0] if key.startswith("eval_answer_")}
     assert figures == {f"eval_answer_{name}" for name in ("rougeL", "rouge1", "rouge2", "length", "stopped", "repetition")}
-    worst = json.loads((tmp_path / "run" / "held_out.json").read_text())["after"]["answers_to_prompts"]["worst"]
+    worst = json.loads((tmp_path / "run" / "held_out.json").read_text())["after"]["worst_answers"]
     texts = {row["prompt"]: row["completion"] for row in rows(12)}
     assert worst and all(texts[one["prompt"]] == one["references"][0] for one in worst)
     generated = tunesmith.evaluate(tmp_path / "run", tmp_path / "rows.jsonl", generate=2, max_new_tokens=2, precision="fp32")

@@ -21,7 +21,6 @@ import numpy as np
 from tunesmith import files
 from tunesmith.data.read import prompts
 from tunesmith.data.read.source import open_source
-from tunesmith.data.rows import group_key
 from tunesmith.errors import UserError
 from tunesmith.evaluate import evaluate_model
 from tunesmith.evaluate.evaluate_model import Measured
@@ -188,7 +187,7 @@ def _measure(name: str, data: str, limit: int | None, precision: str, objective:
             "precision": metrics["precision"]["compute"],
         },
         chosen.traits.head == "lm",
-        {row: group_key(value) for row, value in by_row.items()},
+        {row: group for (_, row), group in measured.rows.groups().items() if row in by_row},
         hashlib.sha256(tokenizer.encode()).hexdigest(),
         task=opened.trained.get("task"),
         shown={row: {"text": str(value)[:2000]} for row, value in by_row.items()},

@@ -16,6 +16,7 @@ from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.data.encode import turn_tokens
 from tunesmith.data.formats.fields import Columns
 from tunesmith.data.read import prompts
+from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import UserError
 from tunesmith.evaluate import generated_figures, starting_policy
@@ -23,7 +24,7 @@ from tunesmith.evaluate.open_model import OpenedModel, open_model
 from tunesmith.evaluate.prompt_answers import Advance
 from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
-from tunesmith.metrics import intervals, metric_names, tasks
+from tunesmith.metrics import comparison, metric_names, tasks
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.generate.decode_step import DecodeWeights
 from tunesmith.models.generate.engine import check_decode_weights
@@ -44,10 +45,11 @@ MISTAKES = 50
 
 @dataclass(frozen=True)
 class Measured:
-    """``records``: what the objective recorded of each batch, with the places of its rows in ``source``."""
+    """``records``: what the objective recorded of each batch of ``rows``, with the places of its rows in ``source``."""
 
     opened: OpenedModel
     source: Source
+    rows: Encoded
     records: list[JsonObject]
 
 
@@ -170,8 +172,8 @@ def evaluate(
         "seconds": seconds,
         "precision": chosen_dtype.as_dict(),
     }
-    on_measured(Measured(opened, source, records))
-    kept = evaluation.measured(chosen, records)
+    on_measured(Measured(opened, source, rows, records))
+    kept = evaluation.measured(chosen, records, rows)
     metrics["assessment"] = assessment.assess(kept, None, chosen.traits.best[0])
     if generate:
         named = answer_metrics or tasks.metrics_of(task or opened.trained.get("task"))
@@ -189,7 +191,7 @@ def evaluate(
     if not isinstance(chosen, TaskHead):
         return metrics
     answers = chosen.answers(records)
-    metrics["details"] = _with_intervals(chosen, records)
+    metrics["details"] = _with_intervals(chosen, records, rows)
     if out is not None:
         title = str(model) if opened.loaded_here else "a model in memory"
         metrics["report"] = str(_write_report(Path(out), title, metrics, answers, source, opened))
@@ -212,12 +214,13 @@ def _open_vllm(
     return open_vllm(engine, str(model), served, precision if engine == HERE else "auto")
 
 
-def _with_intervals(objective: TaskHead, records: list[JsonObject]) -> JsonObject:
+def _with_intervals(objective: TaskHead, records: list[JsonObject], rows: Encoded) -> JsonObject:
     """Return the objective's ``details``; each class, type or group has the interval of its F1."""
     details = objective.details(records)
     groups = details.get("per_class") or details.get("by_type") or {}
+    clusters = rows.groups()
     for name, figure in objective.group_figures(records).items():
-        if name in groups and (found := intervals.of_figure(figure)):
+        if name in groups and (found := comparison.of_figure(figure, clusters)):
             groups[name] |= {"f1_low": found.low, "f1_high": found.high}
     return details
 

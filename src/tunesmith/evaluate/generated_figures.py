@@ -18,7 +18,7 @@ from tunesmith.evaluate.prompt_answers import Advance, GreedyAnswers, chosen_pro
 from tunesmith.evaluate.trained_reading import ModelArgument
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import answer_figures
-from tunesmith.metrics.answer_figures import AnswerTerms
+from tunesmith.metrics.answer_figures import AnswerTerms, ModelAnswers
 from tunesmith.metrics.answer_metrics import AnswerMetric
 from tunesmith.runs import metrics_file
 
@@ -61,7 +61,7 @@ def generated_figures(
     other = base_answers.base_of(model, loaded, trained) if with_base else None
     if isinstance(other, str):
         cautions, other = [*cautions, other], None
-    terms, texts = AnswerTerms(metrics), answer_figures.metrics_of_texts(metrics)
+    terms, texts = ModelAnswers(metrics), answer_figures.metrics_of_texts(metrics)
     rules = {answer_figures.COPIED: AnswerTerms(texts)}
     majority = _majority_answer(asked)
     if majority is not None:

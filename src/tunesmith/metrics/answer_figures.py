@@ -31,11 +31,6 @@ class AnswerTerms:
         self.clusters = np.zeros(0, np.uint64)
         self.referenced = np.zeros(0, np.bool_)
         """bool (answers,): whether the data have an answer to compare with."""
-        self.distinct = {length: DistinctGrams(length) for length in (1, 2)}
-        self.worst: list[tuple[float, Answered]] = []
-        """(F1 of words, answer) of the answers with the lowest F1."""
-        self.repetitive: list[tuple[float, Answered]] = []
-        """(repetition, answer) of the answers without a reference that repeat themselves most."""
         self._terms: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
 
     def add(self, answers: Sequence[Answered]) -> None:
@@ -51,11 +46,6 @@ class AnswerTerms:
         hashes = np.array([_hash(one.prompt) for one in answers], np.uint64)
         self.clusters = np.append(self.clusters, hashes)
         self.referenced = np.append(self.referenced, [bool(one.references) for one in answers])
-        for grams in self.distinct.values():
-            grams.add([one.text for one in answers])
-        self.worst = _keep(self.worst, "token_f1", referenced, 1)
-        others = [one for one in answers if not one.references]
-        self.repetitive = _keep(self.repetitive, "repetition", others, -1)
 
     @property
     def measured(self) -> dict[str, AnswerMetric]:
@@ -79,6 +69,26 @@ class AnswerTerms:
         return float(self.metrics[name].of_sums(sums[None])[0])
 
 
+class ModelAnswers(AnswerTerms):
+    """The terms of a model's answers, how many different words they have, and the worst ones to read."""
+
+    def __init__(self, metrics: Mapping[str, AnswerMetric]) -> None:
+        super().__init__(metrics)
+        self.distinct = {length: DistinctGrams(length) for length in (1, 2)}
+        self.worst: list[tuple[float, Answered]] = []
+        """(F1 of words, answer) of the answers with the lowest F1."""
+        self.repetitive: list[tuple[float, Answered]] = []
+        """(repetition, answer) of the answers without a reference that repeat themselves most."""
+
+    def add(self, answers: Sequence[Answered]) -> None:
+        super().add(answers)
+        for grams in self.distinct.values():
+            grams.add([one.text for one in answers])
+        self.worst = _keep(self.worst, "token_f1", [one for one in answers if one.references], 1)
+        others = [one for one in answers if not one.references]
+        self.repetitive = _keep(self.repetitive, "repetition", others, -1)
+
+
 class DistinctGrams:
     """Distinct-n: the share of different n-grams of words in all answers (Li et al. 2016, arXiv:1510.03055).
 
@@ -90,9 +100,10 @@ class DistinctGrams:
         self._seen = np.zeros(0, np.uint64)
 
     def add(self, texts: Sequence[str]) -> None:
-        grams = [" ".join(gram) for text in texts for gram in word_grams(text, self.length)]
-        self.count += len(grams)
-        self._seen = np.union1d(self._seen, np.array([_hash(gram) for gram in grams], np.uint64))
+        grams = (" ".join(gram) for text in texts for gram in word_grams(text, self.length))
+        hashes = np.fromiter(map(_hash, grams), np.uint64)
+        self.count += len(hashes)
+        self._seen = np.union1d(self._seen, hashes)
 
     @property
     def share(self) -> float:
@@ -113,7 +124,7 @@ def metrics_of_texts(metrics: Mapping[str, AnswerMetric]) -> dict[str, AnswerMet
     return {name: metric for name, metric in metrics.items() if name not in of_models}
 
 
-def answer_figures(answers: AnswerTerms, baselines: Mapping[str, AnswerTerms]) -> JsonObject:
+def answer_figures(answers: ModelAnswers, baselines: Mapping[str, AnswerTerms]) -> JsonObject:
     """Return the figures of ``answers`` by name, and the worst answers.
 
     A figure has ``value``, ``rows``, ``low`` and ``high`` (95%, over prompts, for ``comparison.FEWEST`` prompts or
@@ -128,8 +139,7 @@ def answer_figures(answers: AnswerTerms, baselines: Mapping[str, AnswerTerms]) -
         interval = comparison.interval(terms, clusters, metric.of_sums)
         known = {"value": answers.value(name), "rows": len(terms)}
         if interval is not None:
-            least, most = metric.bounds
-            known = asdict(interval) | {"low": max(least, interval.low), "high": min(most, interval.high)}
+            known = asdict(interval)
         compared = [
             _against(words, other, name, terms, clusters)
             for words, other in baselines.items()
@@ -148,7 +158,7 @@ def answer_figures(answers: AnswerTerms, baselines: Mapping[str, AnswerTerms]) -
     }
 
 
-def worst(answers: AnswerTerms) -> list[JsonObject]:
+def worst(answers: ModelAnswers) -> list[JsonObject]:
     """Return the answers with the lowest F1 of words with their reference; without references, those that repeat
     themselves most."""
     name = "token_f1" if answers.worst else "repetition"

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from tunesmith.metrics import squad
-from tunesmith.metrics.sum_functions import OfSums, ratio
+from tunesmith.metrics import squad, sum_functions
+from tunesmith.metrics.sum_functions import FUNCTIONS, OfSums
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -50,16 +50,18 @@ class Answered:
 
 @dataclass(frozen=True)
 class AnswerMetric:
-    """``terms``: answers -> their terms, float64 (rows, k). ``of_sums``: sums of terms (n, k) -> figures (n,).
-
-    ``bounds``: the least and the largest value that the figure can have."""
+    """``terms``: answers -> their terms, float64 (rows, k). ``function``: a name of ``sum_functions.FUNCTIONS``."""
 
     words: str
     better: Better
     terms: Callable[[Sequence[Answered]], np.ndarray]
-    of_sums: OfSums = ratio
+    function: str = "ratio"
     needs_reference: bool = True
-    bounds: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def of_sums(self) -> OfSums:
+        """Sums of terms (n, k) -> figures (n,)."""
+        return FUNCTIONS[self.function]
 
 
 @cache
@@ -70,19 +72,18 @@ def table() -> dict[str, AnswerMetric]:
         "token_f1": ("F1 of words", _token_f1),
         **{f"rouge{kind}": (f"ROUGE-{kind}, F-measure", _rouge(f"rouge{kind}")) for kind in "12L"},
     }
-    alone: dict[str, tuple[str, Better, Callable[[Answered], float], float]] = {
-        "stopped": ("share ended by a stop token", "higher", lambda one: float(one.stopped), 1.0),
-        "length": ("tokens of an answer", "neither", lambda one: float(one.tokens), np.inf),
-        "repetition": ("share of 4-grams seen before in the answer", "lower", _repetition, 1.0),
+    alone: dict[str, tuple[str, Better, Callable[[Answered], float]]] = {
+        "stopped": ("share ended by a stop token", "higher", lambda one: float(one.stopped)),
+        "length": ("tokens of an answer", "neither", lambda one: float(one.tokens)),
+        "repetition": ("share of 4-grams seen before in the answer", "lower", _repetition),
     }
-    percent = (0.0, 100.0)
     return {
         **{name: AnswerMetric(words, "higher", _mean(value)) for name, (words, value) in overlap.items()},
-        "bleu": AnswerMetric("BLEU of the corpus", "higher", *_corpus(_bleu), bounds=percent),
-        "chrf": AnswerMetric("chrF2 of the corpus", "higher", *_corpus(_chrf), bounds=percent),
+        "bleu": AnswerMetric("BLEU of the corpus", "higher", _statistics(sum_functions.bleu_scorer), "bleu"),
+        "chrf": AnswerMetric("chrF2 of the corpus", "higher", _statistics(sum_functions.chrf_scorer), "chrf"),
         **{
-            name: AnswerMetric(words, better, _mean(value), needs_reference=False, bounds=(0.0, most))
-            for name, (words, better, value, most) in alone.items()
+            name: AnswerMetric(words, better, _mean(value), needs_reference=False)
+            for name, (words, better, value) in alone.items()
         },
     }
 
@@ -131,33 +132,12 @@ def _rouge_scorer() -> RougeScorer:
     return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Letters())
 
 
-@cache
-def _bleu() -> BLEU:
-    from sacrebleu.metrics.bleu import BLEU
-
-    return BLEU()
+def _statistics(scorer: Callable[[], BLEU | CHRF]) -> Callable[[Sequence[Answered]], np.ndarray]:
+    """Return the terms of a score that sacrebleu computes from statistics of a whole corpus."""
+    return lambda answers: np.array([_added(scorer(), one) for one in answers], np.float64)
 
 
-@cache
-def _chrf() -> CHRF:
-    from sacrebleu.metrics.chrf import CHRF
-
-    return CHRF()
-
-
-def _corpus(score: Callable[[], BLEU | CHRF]) -> tuple[Callable[[Sequence[Answered]], np.ndarray], OfSums]:
-    """Return ``terms`` and ``of_sums`` of a score that sacrebleu computes from statistics of a whole corpus."""
-
-    def terms(answers: Sequence[Answered]) -> np.ndarray:
-        return np.array([_statistics(score(), one) for one in answers], np.float64)
-
-    def of_sums(sums: np.ndarray) -> np.ndarray:
-        return np.array([score()._compute_score_from_stats([int(one) for one in row]).score for row in sums])
-
-    return terms, of_sums
-
-
-def _statistics(metric: BLEU | CHRF, answer: Answered) -> Sequence[float]:
+def _added(metric: BLEU | CHRF, answer: Answered) -> Sequence[float]:
     """Return what sacrebleu adds over the rows of a corpus. It has no public function for this."""
     references = [[text] for text in answer.references or ("",)]
     (found,) = metric._extract_corpus_statistics([answer.text], references)

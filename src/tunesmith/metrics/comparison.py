@@ -7,8 +7,10 @@ other (Miller, Adding Error Bars to Evals, arXiv:2411.00640, section 2.2).
 The p value is that of approximate randomisation (Noreen 1989): if the systems are equally good, the results of
 a cluster may as well be exchanged. For a share of correct rows this is McNemar's test. The interval of a ratio
 uses the cluster-robust standard error of a ratio (Cochran, Sampling Techniques, 1977, eq. 6.10) and Student's
-t, that of a share of rows is Wilson's, and that of any other figure comes from a bootstrap over clusters. Random
-numbers are seeded. Fewer than ``FEWEST`` clusters have no interval: their spread says too little about others.
+t, that of a share of rows is Wilson's, and that of any other figure comes from a bootstrap over clusters (Efron and
+Tibshirani, An Introduction to the Bootstrap, 1993, sections 13.3 and 10.3); a difference uses the same draw for both
+systems, so that the effect of rows that are hard for both cancels. Random numbers are seeded. Fewer than ``FEWEST``
+clusters have no interval: their spread says too little about others.
 """
 
 from __future__ import annotations
@@ -19,12 +21,24 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from tunesmith.metrics.intervals import LEVEL, Interval, ends, figure_ends, wilson
-from tunesmith.metrics.sum_functions import OfSums, ratio
+from tunesmith.metrics.intervals import (
+    LEVEL,
+    MOST_TERMS,
+    Clusters,
+    Interval,
+    Place,
+    RowFigure,
+    ends,
+    figure_ends,
+    wilson,
+)
+from tunesmith.metrics.sum_functions import FUNCTIONS, OfSums, exponential, ratio
 
 EXCHANGES = 9999
 """Random exchanges of a test: the smallest p value is 1 / 10,000."""
-DRAWS = 1000
+DRAWS, FEWEST_DRAWS = 1000, 200
+DRAWN_CLUSTERS = 4_000_000
+"""Clusters drawn for one interval. More clusters get fewer draws (at least ``FEWEST_DRAWS``), to bound the time."""
 POWER = 0.8
 FEWEST = 10
 """Clusters that an interval needs."""
@@ -64,13 +78,56 @@ def interval(
     value = _figure(summed, of_sums)
     if len(summed) < FEWEST or not np.isfinite(value):
         return None
-    if of_sums is not ratio:
-        drawn = of_sums(np.concatenate([block @ summed for block in _counts(len(summed))]))
-        return Interval(value, *figure_ends(of_sums, value, drawn), len(terms))
-    if np.isin(summed[:, 0], (0, 1)).all() and (summed[:, 1] == 1).all():
-        return Interval(value, *wilson(value, len(summed)), len(terms))
-    half = _t(len(summed)) * _error(_influences(summed))
-    return Interval(value, value - half, value + half, len(terms))
+    if of_sums is ratio:
+        return Interval(value, *_ends_of_ratio(summed, value), len(terms))
+    if of_sums is exponential:
+        low, high = of_sums(np.array([[one, 1.0] for one in _ends_of_ratio(summed, np.log(value))]))
+        return Interval(value, float(low), float(high), len(terms))
+    drawn = of_sums(np.concatenate([block @ summed for block in _counts(len(summed))]))
+    return Interval(value, *figure_ends(of_sums, value, drawn), len(terms))
+
+
+def _ends_of_ratio(summed: np.ndarray, value: float) -> tuple[float, float]:
+    """Return the ends of the interval of a ratio. They stay in the range that the terms allow, such as 0 to 1."""
+    is_share = bool((summed[:, 0] >= 0).all() and (summed[:, 0] <= summed[:, 1]).all())
+    error = _error(_influences(summed))
+    is_of_rows = bool(np.isin(summed[:, 0], (0, 1)).all() and (summed[:, 1] == 1).all())
+    if is_of_rows or (is_share and error == 0 and value in (0, 1)):  # equal clusters have no spread
+        return wilson(value, len(summed))
+    half = _t(len(summed)) * error
+    low = max(0.0, value - half) if (summed[:, 0] >= 0).all() else value - half
+    return low, min(1.0, value + half) if is_share else value + half
+
+
+def of_figure(figure: RowFigure, clusters: Clusters | None = None) -> Interval | None:
+    """Return a figure of rows with its interval. None as for :func:`interval`, and for more than ``MOST_TERMS``."""
+    places = list(figure.rows)
+    if not _can_be_drawn(figure.terms(places)):
+        return None
+    found = interval(figure.terms(places), _clusters_of(places, clusters), FUNCTIONS[figure.function])
+    return found if found is not None and np.isfinite([found.low, found.high]).all() else None
+
+
+def of_difference(before: RowFigure, after: RowFigure, clusters: Clusters | None = None) -> Interval | None:
+    """Return ``after`` minus ``before`` over the rows that both have, with its interval.
+
+    None as for a figure, and for figures with other terms, such as those of other classes."""
+    places = sorted(before.rows.keys() & after.rows.keys())
+    sides = before.terms(places), after.terms(places)
+    is_same = before.function == after.function and sides[0].shape == sides[1].shape
+    if not is_same or not all(map(_can_be_drawn, sides)):
+        return None
+    found = paired_interval(*sides, _clusters_of(places, clusters), FUNCTIONS[after.function])
+    return found if found is not None and np.isfinite([found.low, found.high]).all() else None
+
+
+def _can_be_drawn(terms: np.ndarray) -> bool:
+    return 0 < terms.size <= MOST_TERMS and bool(np.isfinite(terms).all())
+
+
+def _clusters_of(places: Sequence[Place], clusters: Clusters | None) -> list[Hashable] | None:
+    """Return the cluster of each row; None if each row is its own."""
+    return [clusters.get(place, place) for place in places] if clusters else None
 
 
 @dataclass(frozen=True)
@@ -189,8 +246,9 @@ def _counts(clusters: int) -> Iterator[np.ndarray]:
     """Yield blocks (draws, clusters): how often each draw of a bootstrap holds each cluster."""
     generator = np.random.default_rng(0)
     step = max(1, _AT_ONCE // clusters)
-    for start in range(0, DRAWS, step):
-        size = min(step, DRAWS - start)
+    draws = int(np.clip(DRAWN_CLUSTERS // clusters, FEWEST_DRAWS, DRAWS))
+    for start in range(0, draws, step):
+        size = min(step, draws - start)
         yield generator.multinomial(clusters, np.full(clusters, 1 / clusters), size).astype(float)
 
 

@@ -1,17 +1,14 @@
-"""Compute confidence intervals of figures, and of the difference between two evaluations of the same rows.
+"""Figures as each row's terms, and the ends of a confidence interval. ``comparison`` computes intervals.
 
 A figure is a function of sums over rows. Most are a ratio of two sums: a mean loss, an accuracy, an F1 (twice
 the true positives, divided by the sum of predicted and gold positives). Others, such as macro F1, need more
-sums (``sum_functions``). The bootstrap draws whole rows with replacement, because the tokens of a row depend on
-each other (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sections 13.3 and 10.3). For a
-difference, both evaluations use the same draw (a paired bootstrap), so that the effect of rows that are hard
-for both cancels. The draws are seeded, so equal rows have equal intervals.
+sums (``sum_functions``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -20,9 +17,6 @@ import numpy as np
 from tunesmith.metrics.sum_functions import BIASED, FUNCTIONS, OfSums, ratio
 
 LEVEL = 0.95
-MOST_DRAWS, FEWEST_DRAWS = 1000, 200
-DRAWN_ROWS = 4_000_000
-"""Rows drawn for one interval. Larger sets get fewer draws (at least ``FEWEST_DRAWS``), to bound the time."""
 MOST_TERMS = 4_000_000
 """Rows times terms of a row. A figure with more, such as the macro F1 of thousands of classes, has no interval."""
 
@@ -30,6 +24,8 @@ Place = tuple[int, int]
 """Identity of a row: (index of its source, row in the source's file)."""
 RowValues = Mapping[Place, tuple[float, ...]]
 """Row -> its terms of each sum: of a ratio, those of the numerator and of the denominator."""
+Clusters = Mapping[Place, Hashable]
+"""Row -> its cluster. A row that is missing is a cluster of its own."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,16 @@ class RowFigure:
     @property
     def value(self) -> float | None:
         """The figure of these rows; None where it is not defined."""
-        value = float(_figures(self.function, _matrix(self, list(self.rows)).sum(axis=0)[None])[0])
+        if not self.rows:
+            return None
+        value = float(FUNCTIONS[self.function](self.terms(list(self.rows)).sum(axis=0)[None])[0])
         return value if np.isfinite(value) else None
+
+    def terms(self, places: Sequence[Place]) -> np.ndarray:
+        """Return the terms (rows, k) of the rows at ``places``."""
+        if not places:
+            return np.zeros((0, 0))
+        return np.array([self.rows[place] for place in places], np.float64).reshape(len(places), -1)
 
 
 @dataclass(frozen=True)
@@ -61,68 +65,6 @@ class Interval:
     @property
     def holds_zero(self) -> bool:
         return self.low <= 0 <= self.high
-
-
-def of_figure(figure: RowFigure) -> Interval | None:
-    """Return a figure with its interval: Wilson's for a share of rows, else a bootstrap's.
-
-    None for fewer than two rows, or a value that is not finite."""
-    terms = _matrix(figure, list(figure.rows))
-    if not _can_be_drawn(terms):
-        return None
-    value = float(_figures(figure.function, terms.sum(axis=0)[None])[0])
-    if not np.isfinite(value):
-        return None
-    if figure.function == "ratio" and np.isin(terms[:, 0], (0, 1)).all() and (terms[:, 1] == 1).all():
-        low, high = wilson(value, len(terms))
-    else:
-        drawn = np.concatenate([_figures(figure.function, counts @ terms) for counts in _draws(len(terms))])
-        low, high = figure_ends(FUNCTIONS[figure.function], value, drawn)
-    return Interval(value, low, high, len(terms)) if np.isfinite([low, high]).all() else None
-
-
-def of_difference(before: RowFigure, after: RowFigure) -> Interval | None:
-    """Return ``after`` minus ``before`` over the rows that both have, with a paired bootstrap interval.
-
-    None for fewer than two common rows, or a value that is not finite."""
-    places = sorted(before.rows.keys() & after.rows.keys())
-    sides = [(one.function, _matrix(one, places)) for one in (before, after)]
-    if not all(_can_be_drawn(terms) for _, terms in sides):
-        return None
-    first, second = (float(_figures(name, terms.sum(axis=0)[None])[0]) for name, terms in sides)
-    drawn = np.concatenate([
-        np.subtract(*(_figures(name, counts @ terms) for name, terms in reversed(sides)))
-        for counts in _draws(len(places))
-    ])  # fmt: skip
-    value = second - first
-    if not np.isfinite(value):
-        return None
-    low, high = ends(FUNCTIONS[after.function], value, drawn)
-    return Interval(value, low, high, len(places)) if np.isfinite([low, high]).all() else None
-
-
-def _matrix(figure: RowFigure, places: list[Place]) -> np.ndarray:
-    """Return the terms (rows, k) of the rows at ``places``."""
-    if not places:
-        return np.zeros((0, 0))
-    return np.array([figure.rows[place] for place in places], np.float64).reshape(len(places), -1)
-
-
-def _figures(function: str, sums: np.ndarray) -> np.ndarray:
-    return FUNCTIONS[function](sums) if sums.shape[1] else np.full(len(sums), np.nan)
-
-
-def _can_be_drawn(terms: np.ndarray) -> bool:
-    return len(terms) > 1 and terms.size <= MOST_TERMS and bool(np.isfinite(terms).all())
-
-
-def _draws(rows: int) -> Iterator[np.ndarray]:
-    """Yield blocks (draws, rows): how often each draw of rows, with replacement, holds each row."""
-    generator = np.random.default_rng(0)
-    draws = int(np.clip(DRAWN_ROWS // rows, FEWEST_DRAWS, MOST_DRAWS))
-    for first in range(0, draws, 100):  # a hundred at a time, to bound memory
-        drawn = generator.integers(0, rows, (min(100, draws - first), rows))
-        yield np.stack([np.bincount(one, minlength=rows) for one in drawn]).astype(np.float64)
 
 
 def ends(of_sums: OfSums, value: float, drawn: np.ndarray) -> tuple[float, float]:

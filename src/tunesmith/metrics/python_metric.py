@@ -34,7 +34,7 @@ def load(call: str, place: str, folder: str | None) -> AnswerMetric:
         )
 
     words = f"mean of {call}"
-    return AnswerMetric(words, "higher", terms, needs_reference=False, bounds=(-np.inf, np.inf))
+    return AnswerMetric(words, "higher", terms, needs_reference=False)
 
 
 def _values(call: str, function: user_functions.Function, answers: Sequence[Answered]) -> list[float]:

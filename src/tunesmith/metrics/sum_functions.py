@@ -7,8 +7,14 @@ are (draws, k), figures (draws,); nan where a figure is not defined.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
 OfSums = Callable[[np.ndarray], np.ndarray]
 """Sums (n, k) of the terms over rows -> figures (n,)."""
@@ -65,9 +71,40 @@ def pearson(sums: np.ndarray) -> np.ndarray:
     return _divide(xy - _divide(x * y, rows), np.sqrt(np.maximum(spread, 0)))
 
 
+@cache
+def bleu_scorer() -> BLEU:
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU()
+
+
+@cache
+def chrf_scorer() -> CHRF:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF()
+
+
+def bleu(sums: np.ndarray) -> np.ndarray:
+    """Return BLEU of the corpus. ``sums``: (n, 10), the statistics that sacrebleu adds over rows."""
+    return _corpus_scores(bleu_scorer(), sums)
+
+
+def chrf(sums: np.ndarray) -> np.ndarray:
+    """Return chrF2 of the corpus. ``sums``: (n, 18), the statistics that sacrebleu adds over rows."""
+    return _corpus_scores(chrf_scorer(), sums)
+
+
+def _corpus_scores(scorer: BLEU | CHRF, sums: np.ndarray) -> np.ndarray:
+    return np.array([scorer._compute_score_from_stats([int(one) for one in row]).score for row in sums])
+
+
 FUNCTIONS: dict[str, OfSums] = {
     one.__name__: one
-    for one in (ratio, exponential, root, macro_f1, macro_f1_of_all, calibration_error, r2, pearson)
+    for one in (
+        *(ratio, exponential, root, macro_f1, macro_f1_of_all, calibration_error, r2, pearson),
+        *(bleu, chrf),
+    )
 }
 """The functions by name."""
 BIASED = frozenset({calibration_error})

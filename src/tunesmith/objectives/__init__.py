@@ -22,9 +22,8 @@ from tunesmith.data.batch.step import Batch, Example, Source, Step
 from tunesmith.data.encode import texts
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
-from tunesmith.metrics import intervals
 from tunesmith.metrics.intervals import RowFigure, RowValues
-from tunesmith.metrics.token_mean import token_mean
+from tunesmith.metrics.token_mean import sums_by_row, token_mean
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
 from tunesmith.rollout.session_protocol import Session
@@ -266,11 +265,7 @@ class LanguageModel(Objective):
 
     def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowFigure]:
         """Return loss and perplexity. Blocks of one document and turns of one conversation count as one row."""
-        rows: dict[intervals.Place, tuple[float, float]] = {}
-        for record in records:
-            for place, (loss, tokens) in zip(record["places"], record["rows"], strict=True):
-                before = rows.get(place, (0.0, 0.0))
-                rows[place] = before[0] + loss, before[1] + tokens
+        rows = sums_by_row(records)
         return {"eval_loss": RowFigure(rows), "perplexity": RowFigure(rows, "exponential")}
 
 

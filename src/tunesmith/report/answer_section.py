@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tunesmith.json_types import JsonObject
-from tunesmith.runs.answer_assessment import PREFIX
+from tunesmith.runs.assessment import ANSWERS
 from tunesmith.runs.figure_format import interval_text, label, number, signed
 
 _WORDS = {True: "better", False: "worse", None: "no difference seen"}
@@ -18,10 +18,10 @@ def answer_rows(result: Mapping[str, object], figures: Mapping[str, JsonObject])
     them."""
     rows = []
     for name, one in figures.items():
-        if not name.startswith(PREFIX) or "value" not in one:
+        if not name.startswith(ANSWERS) or "value" not in one:
             continue
         before, change, baseline = result.get(f"{name}_before"), one.get("change"), one.get("baseline")
-        row: JsonObject = {"figure": label(name.removeprefix(PREFIX))}
+        row: JsonObject = {"figure": label(name.removeprefix(ANSWERS))}
         row["before"] = number(before) if isinstance(before, float) else "-"
         row |= {"after": number(one["value"]), "95% interval": interval_text(one)}
         row["change"] = (

@@ -25,7 +25,7 @@ from tunesmith.report.curves import Curve, Plot, Points, plot
 from tunesmith.report.data_section import data_values, grave_notes, mapping
 from tunesmith.report.pages import Tile, heading
 from tunesmith.report.rollout_plots import rollout_plots
-from tunesmith.runs import answer_assessment, assessment, figure_format, metrics_file, overfit
+from tunesmith.runs import assessment, figure_format, metrics_file, overfit
 from tunesmith.runs.figure_format import (
     change_text,
     count,
@@ -126,6 +126,7 @@ def _read(folder: Path) -> _Run:
 
     nothing: list[JsonObject] = []
     records = read("metrics.jsonl", metrics_file.read, nothing)
+    kept = assessment.read(folder)
     return _Run(
         name=folder.resolve().name,
         recipe=read("recipe.yaml", lambda path: path.read_text(encoding="utf-8"), ""),
@@ -134,11 +135,8 @@ def _read(folder: Path) -> _Run:
         evals=[one for one in records if one.get("kind") == "eval"],
         rollouts=[one for one in records if one.get("kind") == "rollout"],
         samples=read("samples.jsonl", metrics_file.read, nothing),
-        examples=mapping(assessment.read(folder).get("examples")),
-        worst_answers=mapping(mapping(assessment.read(folder).get("after")).get("answers_to_prompts")).get(
-            "worst"
-        )
-        or [],
+        examples=mapping(kept.get("examples")),
+        worst_answers=mapping(kept.get("after")).get("worst_answers") or [],
         problems=problems,
     )
 
@@ -189,7 +187,7 @@ def _tiles(run: _Run) -> list[Tile]:
         result = run.figure(key)
         return so_far if result is None else result
 
-    figures = [name for name in run.figure_names if not name.startswith(answer_assessment.PREFIX)]
+    figures = [name for name in run.figure_names if not name.startswith(assessment.ANSWERS)]
     tiles = [tile for name in figures if (tile := _before_after(run, name))]
     steps = known("steps", max(values("step"), default=None))
     if steps is not None:

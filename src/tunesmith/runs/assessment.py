@@ -1,13 +1,15 @@
 """Assess a model: compare its figures with those before training and with a baseline, and write a verdict.
 
-A difference counts only if its 95% interval excludes zero. The assessment is computed once, and the terminal,
-``evaluate`` and the report show it.
+A difference counts only if its 95% interval excludes zero. Intervals are those of ``compare``: rows of one prompt
+are a cluster (``metrics.comparison``). The assessment is computed once, and the terminal, ``evaluate`` and the
+report show it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,10 +17,12 @@ from typing import Literal
 
 from tunesmith import files
 from tunesmith.json_types import JsonObject
-from tunesmith.metrics import intervals
-from tunesmith.metrics.intervals import Interval, RowFigure, RowValues
-from tunesmith.runs import answer_assessment
+from tunesmith.metrics import comparison
+from tunesmith.metrics.intervals import Clusters, Interval, Place, RowFigure, RowValues
 from tunesmith.runs.figure_format import change_text, label, lower_is_better, number
+
+ANSWERS = "eval_answer_"
+"""Beginning of the names of figures of answers to held-out prompts (``data.eval.generate``)."""
 
 FILE = "held_out.json"
 """File of a run folder with three entries.
@@ -51,11 +55,15 @@ def measured(
     figures: Mapping[str, RowFigure],
     baselines: Mapping[str, JsonObject],
     remarks: Sequence[str],
+    groups: Mapping[Place, int],
 ) -> JsonObject:
     """Return the facts of one evaluation that ``assess`` needs, as JSON.
 
     ``figures``: each row's terms, by figure. ``baselines``: ``words``, ``value`` and ``rows`` (a RowFigure or
-    None) of each figure's baseline."""
+    None) of each figure's baseline. ``groups``: the key of each row's prompt (``data.rows.group_key``); rows that
+    share one are kept as ``clusters``."""
+    sizes = Counter(groups.values())
+    numbers = {key: number for number, key in enumerate(key for key, size in sizes.items() if size > 1)}
     return {
         "step": step,
         "figures": {name: _as_json(one) for name, one in figures.items() if _is_finite(one.rows)},
@@ -64,6 +72,7 @@ def measured(
             for name, one in baselines.items()
         },
         "remarks": list(remarks),
+        "clusters": [[*place, numbers[key]] for place, key in sorted(groups.items()) if key in numbers],
     }
 
 
@@ -93,6 +102,10 @@ def _row_figure(kept: JsonObject | None) -> RowFigure:
     return RowFigure(rows, kept["function"])
 
 
+def _clusters(kept: JsonObject) -> Clusters:
+    return {(int(source), int(row)): number for source, row, number in kept.get("clusters") or ()}
+
+
 def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObject:
     """Assess the evaluation ``after``, compared with ``before`` if there is one.
 
@@ -102,19 +115,18 @@ def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObjec
     low, high, rows and ``better``: True, False, or None if chance alone may explain it, because the interval
     includes zero."""
     figures: JsonObject = {}
-    old = before["figures"] if before else {}
+    old, clusters = before["figures"] if before else {}, _clusters(after)
     for name, terms in after["figures"].items():
         figure = _row_figure(terms)
-        found = intervals.of_figure(figure)
+        found = comparison.of_figure(figure, clusters)
         known = vars(found) if found else {"value": figure.value, "rows": len(figure.rows)}
-        change = _difference(name, _row_figure(old.get(name)), figure)
-        figures[name] = {**known, "change": change, "baseline": _baseline(after, name, figure)}
+        change = _difference(name, _row_figure(old.get(name)), figure, clusters)
+        baseline = _baseline(after, name, figure, clusters)
+        figures[name] = {**known, "change": change, "baseline": baseline}
     for name, one in after["baselines"].items():  # figures without terms by row, such as AUROC
         figures.setdefault(name, {"baseline": {"words": one["words"], "value": one["value"]}})
-    if "answers_to_prompts" in after:
-        old = (before or {}).get("answers_to_prompts")
-        figures |= answer_assessment.assess(after["answers_to_prompts"], old)
-    return {"verdict": [*_change_verdict(figures, best), *_baseline_verdict(figures, best), *after["remarks"]],
+    few = [] if before is None else _few_rows(figures, best)
+    return {"verdict": [*few, *_change_verdict(figures, best), *_baseline_verdict(figures, best), *after["remarks"]],
             "figures": figures}  # fmt: skip
 
 
@@ -122,9 +134,11 @@ def differences(run: Path, other: Path) -> JsonObject:
     """Return the change of each figure from the best model of ``run`` to that of ``other``.
 
     A change is as in :func:`assess`. Only figures over the same held-out rows in both runs have one."""
-    first, second = (read(folder).get("after", {}).get("figures", {}) for folder in (run, other))
+    kept = read(run).get("after", {})
+    first, second = kept.get("figures", {}), read(other).get("after", {}).get("figures", {})
+    clusters = _clusters(kept)
     changes = {
-        name: _difference(name, _row_figure(first[name]), _row_figure(second[name]))
+        name: _difference(name, _row_figure(first[name]), _row_figure(second[name]), clusters)
         for name in first
         if name in second
     }
@@ -135,8 +149,8 @@ def differences(run: Path, other: Path) -> JsonObject:
     }
 
 
-def _difference(name: str, before: RowFigure, after: RowFigure) -> JsonObject | None:
-    found = intervals.of_difference(before, after)
+def _difference(name: str, before: RowFigure, after: RowFigure, clusters: Clusters) -> JsonObject | None:
+    found = comparison.of_difference(before, after, clusters)
     return None if found is None else {**vars(found), "better": _is_better(name, found)}
 
 
@@ -145,12 +159,23 @@ def _is_better(name: str, change: Interval) -> bool | None:
     return None if lower is None or change.holds_zero else (change.value < 0) is lower
 
 
-def _baseline(after: JsonObject, name: str, figure: RowFigure) -> JsonObject | None:
+def _baseline(after: JsonObject, name: str, figure: RowFigure, clusters: Clusters) -> JsonObject | None:
     one = after["baselines"].get(name)
     if one is None:
         return None
-    change = _difference(name, _row_figure(one["rows"]), figure)
+    change = _difference(name, _row_figure(one["rows"]), figure, clusters)
     return {"words": one["words"], "value": one["value"], "change": change}
+
+
+def _few_rows(figures: JsonObject, best: str) -> list[str]:
+    """Return a sentence if the figure that decides has no interval because of its few rows."""
+    one = figures.get(best) or {}
+    if "low" in one or not 0 < one.get("rows", 0) < comparison.FEWEST:
+        return []
+    return [
+        f"{one['rows']:,} held-out rows are too few to say whether the model is better: {comparison.FEWEST} or more are "
+        "needed"
+    ]
 
 
 def _change_verdict(figures: JsonObject, best: str) -> list[str]:

@@ -18,6 +18,7 @@ from tunesmith.runs import assessment
 from tunesmith.runs.figure_format import figure_names, lower_is_better
 from tunesmith.suggestions import did_you_mean
 from tunesmith.train import distributed, forward_batches
+from tunesmith.train.held_out_answers import AnswerEvaluation
 from tunesmith.train.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -69,10 +70,21 @@ def measure(
     return figures, everything
 
 
-def measured(objective: Objective, records: Sequence[JsonObject], step: int | None = None) -> JsonObject:
-    """Return the facts of an evaluation that ``runs.assessment`` needs, from the evaluation's records."""
+def measured(
+    objective: Objective,
+    records: Sequence[JsonObject],
+    data: Encoded,
+    step: int | None = None,
+    answers: AnswerEvaluation | None = None,
+) -> JsonObject:
+    """Return the facts of an evaluation of ``data`` that ``runs.assessment`` needs.
+
+    ``records``: those of the evaluation. ``answers``: of a run with ``data.eval.generate``."""
+    figures = objective.row_figures(records)
     baselines = {name: vars(one) for name, one in objective.baselines(records).items()}
-    return assessment.measured(step, objective.row_figures(records), baselines, objective.remarks(records))
+    if answers is not None:
+        figures, baselines = figures | answers.row_figures(), baselines | answers.baselines()
+    return assessment.measured(step, figures, baselines, objective.remarks(records), data.groups())
 
 
 def records(

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from tunesmith.data.read import prompts
 from tunesmith.data.read.prompts import AskedPrompt
 from tunesmith.data.read.source import eval_sources
@@ -15,15 +13,15 @@ from tunesmith.data.store.prepare import Prepared
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import answer_figures, metric_names
-from tunesmith.metrics.answer_figures import AnswerTerms
+from tunesmith.metrics.answer_figures import AnswerTerms, ModelAnswers
 from tunesmith.metrics.answer_metrics import Answered, AnswerMetric
-from tunesmith.metrics.intervals import Place
+from tunesmith.metrics.intervals import Place, RowFigure
 from tunesmith.models.generate import decode
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.objectives import Session
 from tunesmith.recipe import Recipe
-from tunesmith.runs.answer_assessment import PREFIX, listed
+from tunesmith.runs.assessment import ANSWERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,37 +53,36 @@ class AnswerEvaluation:
     """The terms of the answers to ``places``, and those of the copied prompts."""
 
     places: tuple[Place, ...]
-    terms: AnswerTerms
+    terms: ModelAnswers
     copied: AnswerTerms
 
     @property
     def figures(self) -> dict[str, float]:
-        return {f"{PREFIX}{name}": self.terms.value(name) for name in self.terms.measured}
+        return {f"{ANSWERS}{name}": self.terms.value(name) for name in self.terms.measured}
 
-    def rows(self, of: AnswerTerms, name: str) -> dict[Place, tuple[float, ...]]:
-        """Return the terms of a metric by row."""
-        places = (self.places[place] for place in of.places(name))
-        return dict(zip(places, map(tuple, of.terms(name).tolist()), strict=True))
+    def row_figures(self) -> dict[str, RowFigure]:
+        """Return the terms of each metric by row."""
+        return {f"{ANSWERS}{name}": self._by_row(self.terms, name) for name in self.terms.measured}
 
-    def kept(self) -> JsonObject:
-        """Return what ``runs.answer_assessment`` needs: the terms by row, the copied prompt as the baseline, and the
-        worst answers."""
-        numbers = np.unique(self.terms.clusters, return_inverse=True)[1].tolist()
+    def baselines(self) -> dict[str, JsonObject]:
+        """Return the figures of the copied prompts."""
         return {
-            "figures": {
-                f"{PREFIX}{name}": listed(self.rows(self.terms, name)) for name in self.terms.measured
-            },
-            "baselines": {
-                f"{PREFIX}{name}": {
-                    "words": answer_figures.COPIED,
-                    "value": self.copied.value(name),
-                    "rows": listed(self.rows(self.copied, name)),
-                }
-                for name in self.copied.measured
-            },
-            "clusters": [[*place, number] for place, number in zip(self.places, numbers, strict=True)],
-            "worst": answer_figures.worst(self.terms),
+            f"{ANSWERS}{name}": {
+                "words": answer_figures.COPIED,
+                "value": self.copied.value(name),
+                "rows": self._by_row(self.copied, name),
+            }
+            for name in self.copied.measured
         }
+
+    @property
+    def worst(self) -> list[JsonObject]:
+        return answer_figures.worst(self.terms)
+
+    def _by_row(self, of: AnswerTerms, name: str) -> RowFigure:
+        places = (self.places[place] for place in of.places(name))
+        rows = dict(zip(places, map(tuple, of.terms(name).tolist()), strict=True))
+        return RowFigure(rows, of.metrics[name].function)
 
 
 def choose(
@@ -152,7 +149,7 @@ def evaluate(session: Session, held_out: HeldOutPrompts) -> AnswerEvaluation:
         )
         for asked, answer in zip(held_out.asked, answers, strict=True)
     ]
-    terms = AnswerTerms(held_out.metrics)
+    terms = ModelAnswers(held_out.metrics)
     copied = AnswerTerms(answer_figures.metrics_of_texts(held_out.metrics))
     terms.add(answered)
     copied.add(answer_figures.rewritten(answered, None))

@@ -134,9 +134,10 @@ def keep_evaluation(
     """Save each row's terms of the figures in the run folder, if the evaluation is the first or the best."""
     if best or step == 0:
         objective = run.setup.objective
-        kept = evaluation.measured(objective, records, step)
+        assert run.setup.data.eval is not None
+        kept = evaluation.measured(objective, records, run.setup.data.eval, step, answers)
         if answers is not None:
-            kept["answers_to_prompts"] = answers.kept()
+            kept["worst_answers"] = answers.worst
         if best:
             kept["answers"] = examples.select(objective.answers(records), EXAMPLES)
         assessment.keep(run.folder.path, "after" if best else "before", kept)

@@ -113,6 +113,16 @@ class Encoded:
         """Tokens of the longest sequence: of an example, or of one response with its prompt."""
         return int(self.sizes(slice(None), PADDED).tokens.max())
 
+    def groups(self) -> dict[tuple[int, int], int]:
+        """Return the group (``rows.group_key``) of each row (source, row of the file): that of its first example."""
+        found: dict[tuple[int, int], int] = {}
+        for number, entry in enumerate(self.entries):
+            examples = self.views.example[self.source == number]
+            keys = zip(entry.row[examples].tolist(), entry.group[examples].tolist(), strict=True)
+            for row, group in keys:
+                found.setdefault((number, row), group)
+        return found
+
     def where(self, index: int) -> str:
         """``file:row`` that example ``index`` was made from."""
         source = int(self.source[index])
