@@ -6,6 +6,7 @@ import pytest
 
 from tunesmith.cli.main import main
 from tunesmith.cli.options import parse_columns
+from tunesmith.evaluate.evaluate_options import EvaluateOptions
 
 FIGURES = {
     "eval_loss": 1.5,
@@ -41,10 +42,10 @@ def test_options_arrive(calls, capsys):
         "--json",
     ]
     assert main(["evaluate", "m", "--data", "x.csv", *options]) == 0
-    (args, keys), *_ = calls
-    assert args == ("m", "x.csv")
-    assert (keys["columns"], keys["limit"], keys["template"]) == ({"prompt": "q", "completion": "a"}, 5, "korean")
-    assert keys["separator"] == "|"
+    ((*args, chosen), _), *_ = calls
+    assert args == ["m", "x.csv"]
+    columns = {"prompt": "q", "completion": "a"}
+    assert chosen == EvaluateOptions(columns=columns, limit=5, template="korean", template_kwargs={}, separator="|")
     assert json.loads(capsys.readouterr().out) == FIGURES
 
 

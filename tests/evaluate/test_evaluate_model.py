@@ -7,6 +7,23 @@ import pytest
 import tunesmith
 from tests.runs import recipe
 from tunesmith.errors import DataError
+from tunesmith.evaluate.evaluate_options import EvaluateOptions
+
+
+def test_options_are_a_value_or_keywords_and_a_wrong_name_is_an_error(trained):
+    """The command line passes the value; a keyword replaces its field."""
+    model, rows = trained("classify")
+    timing = ("seconds", "tokens_per_second")
+    value, words = (
+        {key: one for key, one in found.items() if key not in timing}
+        for found in (
+            tunesmith.evaluate(model, rows, EvaluateOptions(limit=5), precision="fp32"),
+            tunesmith.evaluate(model, rows, limit=5, precision="fp32"),
+        )
+    )
+    assert value == words and value["rows"] == 5
+    with pytest.raises(TypeError, match="limits"):
+        tunesmith.evaluate(model, rows, limits=5)
 
 
 @pytest.mark.parametrize("objective", ["tag", "qa"])

@@ -1,12 +1,22 @@
-"""The progress of a queue of prompts: answers, tokens per second, and the time left."""
+"""The progress of a queue of prompts: answers, tokens per second, and the time left; or counts by what is done."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 from tunesmith.cli.output import console, print_stderr
@@ -78,3 +88,23 @@ class _Line(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(self._progress.line())
+
+
+@contextmanager
+def counts() -> Iterator[Callable[[str, int], None]]:
+    """Yield a function (what is done, how many were done just now) that shows a count with the time for each."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.completed:,}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console(), transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, count: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=None)
+            progress.advance(tasks[what], count)
+
+        yield report

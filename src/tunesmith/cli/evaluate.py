@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Literal
@@ -12,6 +13,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from tunesmith.cli import options
+from tunesmith.cli.answer_progress import counts
 from tunesmith.cli.output import filled_columns, print_result, print_stderr
 from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
@@ -83,15 +85,20 @@ def evaluate(
     columns, kwargs = options.parse_columns(column), options.parse_template_kwargs(template_kwarg)
 
     from tunesmith.evaluate import evaluate_model
+    from tunesmith.evaluate.evaluate_options import EvaluateOptions
 
-    figures = evaluate_model.evaluate(
-        model, data, objective=objective, format=format, columns=columns or None, separator=separator, template=template,
+    chosen = EvaluateOptions(
+        objective=objective, format=format, columns=columns or None, separator=separator, template=template,
         template_kwargs=kwargs, max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
-        batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
-        reference=reference, generate=generate, task=task, answer_metrics=metric or (), max_new_tokens=max_new_tokens,
-        decode_weights=decode_weights, with_base=base, engine=engine, served_model=served_model, out=out,
-        on_precision=lambda chosen: print_stderr(str(chosen), *options.describe_decode_weights(decode_weights)),
+        batch_tokens=batch_tokens, split=split, name=name, streaming=streaming, reference=reference, generate=generate,
+        task=task, answer_metrics=metric or (), max_new_tokens=max_new_tokens, with_base=base, engine=engine, served_model=served_model, out=out,
+        decode_weights=decode_weights,
     )  # fmt: skip
+    with counts() as report:
+        figures = evaluate_model.evaluate(
+            model, data, chosen, on_answer=partial(report, "answers"),
+            on_precision=lambda dtype: print_stderr(str(dtype), *options.describe_decode_weights(decode_weights)),
+        )  # fmt: skip
     print_result(figures, as_json, _tables)
 
 

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 from rich.console import RenderableType
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tunesmith.cli import options
-from tunesmith.cli.output import console, print_result
+from tunesmith.cli.answer_progress import counts
+from tunesmith.cli.output import print_result
 from tunesmith.json_types import JsonObject
 
 
@@ -54,20 +54,7 @@ def judge(
     from tunesmith.judge import judge_run
     from tunesmith.report import judge_page
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("{task.completed:,}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console(), transient=True) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def report(what: str, count: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=None)
-            progress.advance(tasks[what], count)
-
+    with counts() as report:
         result = judge_run.judge(
             systems, judge, out, data=data, human=human, limit=limit, max_new_tokens=max_new_tokens,
             judge_model=judge_model, key_variable=key_variable, rubric=rubric, precision=precision,
