@@ -20,7 +20,7 @@ def made(tmp_path_factory):
     """Two runs under ``runs``: full and LoRA, on the same rows."""
     place = tmp_path_factory.mktemp("runs")
     for name, adaptation in (("a", "full"), ("b", {"type": "lora", "r": 4})):
-        one = recipe(place, adaptation=adaptation, eval_steps=2)
+        one = recipe(place, adaptation=adaptation, eval_steps=2, count=40)
         one["data"]["eval"] = {"fraction": 0.3}
         tunesmith.train(one, out=place / "runs" / name)
     return place / "runs"
@@ -112,7 +112,7 @@ def test_changed_data_is_refused_before_training_with_what_changed(made, tmp_pat
     file.write_text("\n".join([*file.read_text().splitlines(), json.dumps({"prompt": "new", "completion": " row"})]))
     assert main(["runs", "reproduce", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 2
     said = capsys.readouterr().err
-    assert "rows.jsonl: sha256 was" in said and "12 rows" in said and "13 rows" in said
+    assert "rows.jsonl: sha256 was" in said and "40 rows" in said and "41 rows" in said
     assert not (tmp_path / "again").exists()
 
 

@@ -30,8 +30,13 @@ def runs(tmp_path_factory):
     def train(objective):
         folder = tmp_path_factory.mktemp(objective)
         name = "bert" if objective in ENCODED else "llama"
-        made = recipe(folder, name, KEYS[objective], count=16, max_steps=4, eval_steps=2, learning_rate=1e-3)
+        count = 32 if objective in ("cpt", "kto") else 16  # a document for two rows, and two rows for a prompt
+        made = recipe(folder, name, KEYS[objective], count=count, max_steps=4, eval_steps=2, learning_rate=1e-3)
         made["data"]["eval"] = {"path": made["data"]["train"][0]["path"]}
+        if objective == "tag":  # texts that are all different
+            rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+            rows = [{"tokens": [*row["tokens"], str(n)], "ner_tags": [*row["ner_tags"], "O"]} for n, row in enumerate(rows)]
+            (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         return tunesmith.train(made, out=folder / "run"), folder / "run", folder / "rows.jsonl"
 
     return train
@@ -180,14 +185,16 @@ def test_rows_with_the_same_prompt_are_no_independent_evidence():
 
 def test_few_held_out_rows_are_named():
     found = assessment.assess(evaluation([1] * 9), evaluation([0] * 9), "eval_accuracy")
-    assert found["verdict"] == ["9 held-out rows are too few to say whether the model is better: 10 or more are needed"]
+    assert found["verdict"] == ["9 held-out rows are too few to say whether the model is better: 10 different ones are needed"]
     assert found["figures"]["eval_accuracy"]["change"] is None
+    copied = assessment.assess(evaluation([1] * 27, groups=[*range(9)] * 3), evaluation([0] * 27), "eval_accuracy")
+    assert copied["verdict"][0].startswith("27 held-out rows with 9 different prompts are too few")
 
 
 def test_the_clusters_of_a_run_are_the_prompts_of_its_rows(tmp_path):
     """A run that copies each held-out row is no surer of its loss than a run without the copies."""
     made = recipe(tmp_path, count=12, max_steps=1, eval_steps=1)
-    rows = (tmp_path / "rows.jsonl").read_text()
+    rows = (tmp_path / "rows.jsonl").read_text().rstrip("\n") + "\n"
     found = []
     for copies in (1, 4):
         (tmp_path / "held_out.jsonl").write_text(rows * copies)

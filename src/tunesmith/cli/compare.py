@@ -41,6 +41,7 @@ def compare(
         Path | None,
         typer.Option(help="Folder for compare.html, figures.json and the answers; a second run goes on."),
     ] = None,
+    language: options.Language = None,
     as_json: options.Json = False,
 ) -> None:
     """Compare models on the same rows: every figure with its interval, and a verdict in words."""

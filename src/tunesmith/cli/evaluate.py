@@ -73,6 +73,7 @@ def evaluate(
         Path | None,
         typer.Option(help="New folder for the report of a task head, or for answers: a second run goes on."),
     ] = None,
+    language: options.Language = None,
     as_json: options.Json = False,
 ) -> None:
     """Print loss, figures and speed of a model on a data file, or its figures on tasks of lm-evaluation-harness."""

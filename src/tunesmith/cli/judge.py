@@ -48,6 +48,7 @@ def judge(
         str, typer.Option(help="Environment variable that holds the server's key.")
     ] = "OPENAI_API_KEY",
     precision: options.Precision = "auto",
+    language: options.Language = None,
     as_json: options.Json = False,
 ) -> None:
     """Judge answers in pairs, in both orders. A judge that fails its examination names no winner."""
@@ -66,13 +67,15 @@ def judge(
 
 def _shown(result: JsonObject) -> list[RenderableType]:
     """The verdicts in words, then the figures of the judge."""
+    from tunesmith.report import judge_page
+
     examined, cost = result["examination"], result["cost"]
     lines = [one["verdict"] for one in result["comparisons"]]
     lines += [f"on length: {one['length']}" for one in result["comparisons"] if one["length_controlled"]]
     table = Table(
         "examination of the judge", "value", "expected", title=result["judge"], title_justify="left"
     )
-    for name, value, expected in examination_rows(examined):
+    for name, value, expected in judge_page.examination_rows(examined):
         table.add_row(name, value, expected)
     failures = [f"the judge failed: {failure}" for failure in examined["failures"]]
     spent = (
@@ -80,15 +83,3 @@ def _shown(result: JsonObject) -> list[RenderableType]:
         f"{cost['reused']:,} read from {result['report'].rpartition('/')[0]}/judgements.jsonl"
     )
     return ["\n".join(lines), table, "\n".join([*failures, spent, f"report: {result['report']}"])]
-
-
-def examination_rows(examined: JsonObject) -> list[tuple[str, str, str]]:
-    """Return (figure, value, expected) of each figure of the examination."""
-    kappa = f"{examined['kappa']:.2f} ({examined['kappa_low']:.2f} to {examined['kappa_high']:.2f})"
-    return [
-        (f"kappa with {examined['pairs']} known answers", kappa, "at least 0.4"),
-        ("prefers the answer read first", f"{examined['first']:.0%}", "50%"),
-        ("prefers the longer answer", f"{examined['longer']:.0%}", f"{examined['longer_is_better']:.0%}"),
-        ("repeats its verdict", f"{examined['retest']:.0%}", "at least 90%"),
-        ("no verdict", f"{examined['missing']:.0%}", "at most 10%"),
-    ]

@@ -18,6 +18,7 @@ def launch(
     resume: options.Resume = False,
     restart: options.Restart = False,
     deepspeed: options.DeepSpeed = None,
+    language: options.Language = None,
     as_json: options.Json = False,
 ) -> None:
     """Train with several processes on this machine. The updates are those of one process, in less time."""

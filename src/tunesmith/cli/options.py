@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ import typer
 from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import tasks
+from tunesmith.report import language
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.")]
@@ -28,6 +30,23 @@ Restart = Annotated[
     ),
 ]
 DeepSpeed = Annotated[Path | None, typer.Option(help="ds_config.json; ZeRO-2 shards the optimiser.")]
+
+
+def _set_language(chosen: str | None) -> str | None:
+    """Let every page of this program, and of the processes that it starts, have the language."""
+    if chosen is not None:
+        os.environ[language.VARIABLE] = chosen
+    return chosen
+
+
+Language = Annotated[
+    Literal["en", "ko"] | None,
+    typer.Option(
+        callback=_set_language,
+        help="Language of the report: English or Korean.",
+        show_default="that of the locale",
+    ),
+]
 
 # rows
 Columns = Annotated[

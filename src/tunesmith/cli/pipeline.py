@@ -33,6 +33,7 @@ def pipeline(
         str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all stages and print the plan.")] = False,
+    language: options.Language = None,
     as_json: options.Json = False,
 ) -> None:
     """Train the stages of a pipeline in order. A stage that did not change since it was trained is left alone;

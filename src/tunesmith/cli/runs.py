@@ -48,6 +48,17 @@ def show(run: options.RunFolder, as_json: options.Json = False) -> None:
     print_result(facts, as_json, _show_lines)
 
 
+@app.command("report")
+def report(run: options.RunFolder, language: options.Language = None, as_json: options.Json = False) -> None:
+    """Write the report of a run again from the files of its folder, such as in another language."""
+    from tunesmith.report import run_page
+
+    if not (run / "manifest.json").exists():
+        raise UserError(f"{run} is no run folder: it has no manifest.json. Type: tunesmith runs list")
+    path = run_page.write_report(run)
+    print_result({"report": str(path)}, as_json, lambda result: f"report: {result['report']}")
+
+
 @app.command("compare")
 def compare_runs(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.")],

@@ -26,6 +26,7 @@ def train(
     resume: options.Resume = False,
     restart: options.Restart = False,
     deepspeed: options.DeepSpeed = None,
+    language: options.Language = None,
     as_json: options.Json = False,
 ) -> None:
     """Train a model from a recipe."""

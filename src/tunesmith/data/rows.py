@@ -180,6 +180,33 @@ def without_gold(row: Row) -> Row:
     return replace(row, answers=None) if isinstance(row, Question) else row
 
 
+def readable(row: Row) -> str:
+    """Return a row as a person reads it: prompt, answers and label below each other; turns begin with their role."""
+    match row:
+        case Text(text) | Tagged(text):
+            parts: tuple[TextOrTurns | None, ...] = (text,)
+        case Labelled(text, pair, label, labels):
+            known = label if labels is None else ", ".join(labels)
+            parts = (text, pair, None if known is None else f"→ {known}")
+        case Question(question, context, answers):
+            parts = (question, context, *(f"→ {text}" for text, _ in (answers or ())[:1]))
+        case PromptCompletion(prompt, completion):
+            parts = (prompt, completion)
+        case Chat(messages):
+            parts = (messages,)
+        case Ranking(prompt, all_answers):
+            parts = (prompt, *all_answers)
+        case Judged(prompt, response):
+            parts = (prompt, response)
+        case _:
+            parts = (row.prompt,)
+    return "\n\n".join(part if isinstance(part, str) else _lines(part) for part in parts if part)
+
+
+def _lines(messages: tuple[Message, ...]) -> str:
+    return "\n\n".join(f"{turn.get('role')}: {turn.get('content') or ''}" for turn in messages)
+
+
 def digest(row: Row) -> int:
     """A 64-bit hash of a row's content. Equal rows of different files have the same digest."""
     content = repr(row).encode("utf-8", "backslashreplace")

@@ -42,7 +42,7 @@ DRAWN_CLUSTERS = 4_000_000
 POWER = 0.8
 FEWEST = 10
 """Clusters that an interval needs."""
-_AT_ONCE = 200_000
+_AT_ONCE = 50_000
 """Random numbers in memory at once, so that memory does not grow with the rows."""
 
 

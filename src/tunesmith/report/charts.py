@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from tunesmith.report import language
 from tunesmith.report.curves import MOST_MARKED, Curve, Points, smooth
-from tunesmith.report.fonts import fit_names
+from tunesmith.report.fonts import fit_names, fonts_of
 from tunesmith.runs.figure_format import shorten_middle
 
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ MOST_CLASSES = 30
 MOST_LINES = 2 * len(COLOURS)
 """Lines that can be distinguished: each colour, solid and dashed."""
 
+_KOREAN = "가나다라"
+
+
+def t(text: str, /, **values: object) -> str:
+    """Return a text of a chart in the language of the page, or in English if no installed font has its letters."""
+    english = text.format(**values) if values else text
+    return language.t(text, **values) if language.current() == "en" or not fonts_of(_KOREAN)[1] else english
+
+
 _Measures = Mapping[str, Mapping[str, Any]]
 """Name -> measure -> value."""
 
@@ -43,9 +53,10 @@ def over_steps(title: str, curves: Sequence[Curve]) -> Figure:
     for curve in curves:
         dashes = "--" if "dashed" in curve.classes else "-"
         handles.append(_draw(axes, curve, colours[curve.classes.partition(" ")[0]], dashes))
-    _label_axes(axes, "step", title)
+    _label_axes(axes, t("step"), title)
     if curves:
-        _legend(figure, handles, [curve.name for curve in curves], "outside upper center", 90)
+        names = [curve.classes if fonts_of(curve.name)[1] else curve.name for curve in curves]
+        _legend(figure, handles, names, "outside upper center", 90)
     return figure
 
 
@@ -59,9 +70,9 @@ def compare(runs: Sequence[tuple[str, Points, Points]], by: str = "step") -> Fig
         for axes, curve in ((right, Curve(name, held_out, "eval")), (left, Curve(name, training, "train"))):
             if curve.finite:
                 handles[name] = _draw(axes, curve, colour, dashes)
-    empty = {"training loss": "no records", "held-out loss": "no held-out rows"}
+    empty = {t("training loss"): t("no records"), t("held-out loss"): t("no held-out rows")}
     for axes, title in zip((left, right), empty):
-        _label_axes(axes, by, "loss")
+        _label_axes(axes, t(by), t("loss"))
         axes.set_title(title)
         if not axes.lines:
             axes.text(0.5, 0.5, empty[title], ha="center", va="center", transform=axes.transAxes, color=GREY)
@@ -95,7 +106,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     text = {"parse_math": False, "fontfamily": fitted.families, "fontsize": max(font_size, 7)}
     axes.set_xticks(range(size), fitted.shown, **text, **turned)
     axes.set_yticks(range(size), fitted.shown, **text)
-    axes.set(xlabel="predicted" + fitted.note, ylabel="true")
+    axes.set(xlabel=t("predicted") + fitted.note, ylabel=t("true"))
     axes.tick_params(length=0)
     axes.spines[:].set_color("#e4e0d8")
     return figure
@@ -110,7 +121,7 @@ def _fold_rare_classes(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray
     fold = np.zeros((MOST_CLASSES, len(names)), dtype=counts.dtype)
     fold[np.arange(MOST_CLASSES - 1), kept] = 1
     fold[-1, rest] = 1
-    labels = [*(names[index] for index in kept), f"{len(rest)} others"]
+    labels = [*(names[index] for index in kept), t("{count} others", count=len(rest))]
     return fold @ counts @ fold.T, labels, [*kept.tolist(), -1]
 
 
@@ -123,12 +134,13 @@ def per_class(measures: _Measures) -> Figure:
     number = {name: index for index, name in enumerate(measures)}
     ordered = sorted(measures, key=lambda name: -measures[name]["support"])[:MOST_CLASSES]
     fitted = fit_names(ordered, [number[name] for name in ordered])
-    keys = (("precision", "precision", BLUE), ("recall", "recall", TEAL), ("f1", "F1", ORANGE))
+    keys = (("precision", t("precision"), BLUE), ("recall", t("recall"), TEAL), ("f1", "F1", ORANGE))
     bars = {label: ([measures[name][key] for name in ordered], colour) for key, label, colour in keys}
     labels = [f"{shown}  ({measures[name]['support']:,})" for shown, name in zip(fitted.shown, ordered)]
     is_cut = len(ordered) < len(measures)
-    left_out = f"\nthe {len(ordered)} most frequent of {len(measures)} classes" if is_cut else ""
-    title = f"share (in brackets: rows of the class){left_out}{fitted.note}"
+    left_out = t("the {count} most frequent of {all} classes", count=len(ordered), all=len(measures))
+    lines = [t("share (in brackets: rows of the class)"), *([left_out] if is_cut else [])]
+    title = "\n".join(lines) + fitted.note
     figure = _bars(bars, labels, title, fitted.families)
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
     return figure
@@ -137,8 +149,8 @@ def per_class(measures: _Measures) -> Figure:
 def accuracy_by_bucket(measures: _Measures, chance: float) -> Figure:
     """Draw the accuracy in each bucket {name: {pairs, accuracy}}, in order, with a line at ``chance``."""
     labels = [f"{name}  ({one['pairs']:,})" for name, one in measures.items()]
-    bars = {"accuracy": ([one["accuracy"] for one in measures.values()], BLUE)}
-    figure = _bars(bars, labels, "accuracy (in brackets: pairs; dashed: chance)")
+    bars = {t("accuracy"): ([one["accuracy"] for one in measures.values()], BLUE)}
+    figure = _bars(bars, labels, t("accuracy (in brackets: pairs; dashed: chance)"))
     figure.axes[0].axvline(chance, linestyle="--", color=GREY, linewidth=1)
     return figure
 
@@ -158,8 +170,12 @@ def precision_recall(curves: Mapping[str, Sequence[Sequence[float]] | None]) -> 
         # precision: steps, not straight lines (Davis and Goadrich 2006). Recall falls from point to point, so
         # the lower comes first.
         lines += axes.step(recall, precision, dashes, where="post", color=colour, linewidth=1.6)
-    left_out = f" ({len(names)} of {len(drawn)} labels)" if len(names) < len(drawn) else ""
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.04), xlabel=f"recall{left_out}{fitted.note}", ylabel="precision")
+    left_out = (
+        t(" ({count} of {all} labels)", count=len(names), all=len(drawn)) if len(names) < len(drawn) else ""
+    )
+    axes.set(
+        xlim=(0, 1.02), ylim=(0, 1.04), xlabel=f"{t('recall')}{left_out}{fitted.note}", ylabel=t("precision")
+    )
     _style_axes(axes)
     numbers = [str(index) for index in range(len(lines))]
     legend = figure.legend(lines, numbers, frameon=False, loc="outside right upper")
@@ -173,14 +189,14 @@ def calibration(bins: Sequence[Mapping[str, float]]) -> Figure:
     """Draw accuracy by confidence and the share of rows, in the bins of ``metrics.classes.calibration``."""
     confidence, accuracy, count = ([one[key] for one in bins] for key in ("confidence", "accuracy", "count"))
     figure, (above, below) = _figure(6, 5.4, rows=2, sharex=True, height_ratios=[4, 1])
-    above.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect calibration")
-    marks = {"linewidth": 1.6, "markersize": 5, "label": "measured", "zorder": 4}
+    above.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label=t("perfect calibration"))
+    marks = {"linewidth": 1.6, "markersize": 5, "label": t("measured"), "zorder": 4}
     above.plot(confidence, accuracy, "o-", color=ORANGE, **marks)
     above.vlines(confidence, confidence, accuracy, color=ORANGE, alpha=0.3, linewidth=4)
-    above.set(xlim=(0, 1.02), ylim=(0, 1.04), ylabel="accuracy")
+    above.set(xlim=(0, 1.02), ylim=(0, 1.04), ylabel=t("accuracy"))
     above.legend(frameon=False, loc="upper left")
     below.bar(confidence, np.asarray(count) / max(sum(count), 1), width=0.05, color=BLUE)
-    below.set(xlabel="confidence", ylabel="share of all")
+    below.set(xlabel=t("confidence"), ylabel=t("share of all"))
     for axes in (above, below):
         _style_axes(axes)
     return figure
@@ -206,13 +222,19 @@ def differences(figures: Mapping[str, Mapping[str, Any]]) -> Figure:
         )
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_yticks(range(len(names)), fitted.shown, fontfamily=fitted.families)
-    axes.set(xlabel="← worse    difference in half-widths of its interval    better →", xlim=(-9.5, 9.5))
+    axes.set(xlabel=t("← worse    difference in half-widths of its interval    better →"), xlim=(-9.5, 9.5))
     _style_axes(axes, "x")
     return figure
 
 
 def png(figure: Figure) -> bytes:
-    """Draw ``figure`` without a display."""
+    """Draw ``figure`` without a display, each text in fonts that have its letters."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if not text.get_text().isascii():
+            text.set_fontfamily(fonts_of(text.get_text())[0])
     out = io.BytesIO()
     figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.1)
     return out.getvalue()

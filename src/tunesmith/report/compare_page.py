@@ -12,11 +12,13 @@ import tunesmith
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
-from tunesmith.report.pages import Tile
+from tunesmith.report.language import figure_name, sentence, t
+from tunesmith.report.pages import Tile, interval
 from tunesmith.report.task_page import Picture, Piece
-from tunesmith.runs.figure_format import count, interval_text, label, number
+from tunesmith.runs.figure_format import count, label, number
 
 _WORDS = {True: "better", False: "worse", None: "no difference seen"}
+"""Whether a figure got better; ``t`` has them in the language of the page."""
 
 
 def write(folder: str | Path, result: JsonObject) -> Path:
@@ -29,34 +31,45 @@ def write(folder: str | Path, result: JsonObject) -> Path:
     return pages.save(
         folder / "compare.html",
         "compare.html",
-        title=" or ".join(system["name"] for system in result["systems"]),
+        title=t(" or ").join(system["name"] for system in result["systems"]),
         version=tunesmith.__version__,
         tiles_shown=_tiles(result),
-        notes_shown=[*(pair["verdict"] for pair in result["pairs"]), *result["cautions"]],
-        systems=[_system(system) for system in result["systems"]],
+        notes_shown=[
+            sentence(line) for line in (*(pair["verdict"] for pair in result["pairs"]), *result["cautions"])
+        ],
+        systems=_systems(result["systems"]),
         pairs=[
             {
                 "names": f"{pair['first']} → {pair['second']}",
                 "picture": _picture(folder, number_, pair),
                 "figures": [_difference(name, one) for name, one in pair["figures"].items()],
                 "changed": [
-                    ("Rows that got worse most", [_row(pair, row) for row in pair["worse_rows"]]),
-                    ("Rows that got better most", [_row(pair, row) for row in pair["better_rows"]]),
+                    (t("Rows that got worse most"), [_row(pair, row) for row in pair["worse_rows"]]),
+                    (t("Rows that got better most"), [_row(pair, row) for row in pair["better_rows"]]),
                 ],
             }
             for number_, pair in enumerate(result["pairs"], 1)
         ],
-        data=f"{result['rows']:,} rows of {result['data']} with {result['prompts']:,} different prompts",
+        data=t(
+            "{rows} rows of {data} with {prompts} different prompts",
+            rows=f"{result['rows']:,}",
+            data=result["data"],
+            prompts=f"{result['prompts']:,}",
+        ),
     )
 
 
 def _picture(folder: Path, number_: int, pair: JsonObject) -> Picture | None:
     """Draw the differences of a pair, and write them as a PNG; None if none of them has an interval."""
-    known = {label(name): one for name, one in pair["figures"].items() if one["low"] is not None}
+    known = {_label(name): one for name, one in pair["figures"].items() if one["low"] is not None}
     if not known:
         return None
-    caption = f"{pair['second']} minus {pair['first']}, in half-widths of the 95% interval"
-    detail = "A bar that does not touch zero is a difference that chance alone seldom makes"
+    caption = t(
+        "{second} minus {first}, in half-widths of the 95% interval",
+        second=pair["second"],
+        first=pair["first"],
+    )
+    detail = t("A bar that does not touch zero is a difference that chance alone seldom makes")
     picture = Picture(f"differences-{number_}", caption, charts.png(charts.differences(known)), detail)
     replace_file(folder / f"{picture.name}.png", picture.png)
     return picture
@@ -70,29 +83,43 @@ def _tiles(result: JsonObject) -> list[Tile]:
         if one is None:
             continue
         trend = {True: "good", False: "bad", None: ""}[one["better"]]
-        change = f"{one['value']:+.4g} ({interval_text(one)})"
-        note = f"{pair['second']}: {_WORDS[one['better']]}"
+        change = f"{one['value']:+.4g} ({interval(one)})"
+        note = f"{pair['second']}: {t(_WORDS[one['better']])}"
         tiles.append(
-            Tile(label(result["decides"]), number(one["after"]), note, number(one["before"]), change, trend)
+            Tile(_label(result["decides"]), number(one["after"]), note, number(one["before"]), change, trend)
         )
     return tiles
 
 
-def _system(system: JsonObject) -> JsonObject:
-    figures = {}
-    for name, one in system["figures"].items():
-        figures[label(name)] = f"{number(one['value'])} ({interval_text(one)})"
-    return {
-        "model": system["name"], "parameters": count(system["parameters"]), "size": count(system["bytes"]) + "B",
-        "tokens/s": number(system["tokens_per_second"]), **figures,
-    }  # fmt: skip
+def _label(name: str) -> str:
+    return figure_name(label(name))
+
+
+def _systems(systems: Sequence[JsonObject]) -> list[JsonObject]:
+    """Return a row for each fact and figure, with a column for each model."""
+    facts = [
+        {
+            "parameters": count(one["parameters"]), "size": count(one["bytes"]) + "B",
+            "tokens/s": number(one["tokens_per_second"]),
+            **{_label(name): f"{number(known['value'])} ({interval(known)})" for name, known in one["figures"].items()},
+        }
+        for one in systems
+    ]  # fmt: skip
+    names = dict.fromkeys(name for known in facts for name in known)
+    return [
+        {
+            "figure": figure_name(name),
+            **{one["name"]: known.get(name, "-") for one, known in zip(systems, facts)},
+        }
+        for name in names
+    ]
 
 
 def _difference(name: str, one: JsonObject) -> JsonObject:
     return {
-        "figure": label(name), "before": number(one["before"]), "after": number(one["after"]),
-        "difference": number(one["value"]), "95% interval": interval_text(one),
-        "p": f"{one['p']:.2g}", "": _WORDS[one["better"]], "visible from": number(one["detectable"]),
+        "figure": _label(name), "before": number(one["before"]), "after": number(one["after"]),
+        "difference": number(one["value"]), "95% interval": interval(one),
+        "p": f"{one['p']:.2g}", "": t(_WORDS[one["better"]]), "visible from": number(one["detectable"]),
     }  # fmt: skip
 
 
@@ -106,7 +133,9 @@ class ChangedRow:
 
 
 def _row(pair: JsonObject, row: JsonObject) -> ChangedRow:
-    title = f"row {row['row']}: {number(row['before'])} → {number(row['after'])}"
+    title = t(
+        "row {row}: {change}", row=row["row"], change=f"{number(row['before'])} → {number(row['after'])}"
+    )
     answers = row.get("answers")
     sides = []
     if answers:

@@ -14,6 +14,7 @@ from operator import itemgetter
 
 import numpy as np
 
+from tunesmith.report.language import t
 from tunesmith.runs import figure_format
 
 Points = list[tuple[float, float]]
@@ -71,7 +72,7 @@ class Curve:
     def log10(self) -> Curve:
         """Return the curve of log10 of the values, without values of zero and below."""
         points = [(x, math.log10(y) if math.isfinite(y) else y) for x, y in self.points if not y <= 0]
-        return Curve(self.name, points)
+        return Curve(self.name, points, self.style)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ def plot(
         return form(float(f"{10**y:.6g}") if is_log else y)
 
     def ends(curve: Curve) -> str:
-        return f"{curve.name} from {text_of(curve.finite[0][1])} to {text_of(curve.finite[-1][1])}"
+        first, last = (text_of(curve.finite[place][1]) for place in (0, -1))
+        return t("{name} from {first} to {last}", name=curve.name, first=first, last=last)
 
     frame = _Frame.around(curves, from_zero)
     x_ticks = [x for x in ticks(frame.left, frame.right, 6) if x == int(x)]
@@ -173,7 +175,7 @@ def plot(
     names = [(curve.classes, curve.name) for curve in drawn] if len(drawn) > 1 else []
     return Plot(
         title=title,
-        alt=f"{title} by step: {'; '.join(map(ends, drawn))}",
+        alt=t("{title} by step: {curves}", title=title, curves="; ".join(map(ends, drawn))),
         legend=[*names, *([("broken", _not_finite_text(steps))] if steps else [])],
         paths=[
             *(("grid", f"M0 {frame.y(y):.1f}H1000") for y in y_ticks),
@@ -187,8 +189,8 @@ def plot(
 
 
 def _not_finite_text(steps: list[float]) -> str:
-    more = f" and {len(steps) - 3} more" if len(steps) > 3 else ""
-    return f"not finite at step {', '.join(f'{step:,.0f}' for step in steps[:3])}{more}"
+    more = t(" and {count} more", count=len(steps) - 3) if len(steps) > 3 else ""
+    return t("not finite at step {steps}", steps=", ".join(f"{step:,.0f}" for step in steps[:3])) + more
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,11 @@ def _strips(
         step = list(values.values())[-1][0]  # that of an evaluation if there is one: training comes first
         texts = [(style, form(y)) for style, (_, y) in values.items()]
         side = "right" if column >= _STRIPS / 2 else "left"
-        strips.append(Strip(round(column * width, 3), round(width, 3), side, f"step {step:,.0f}", texts))
+        strips.append(
+            Strip(
+                round(column * width, 3), round(width, 3), side, t("step {step}", step=f"{step:,.0f}"), texts
+            )
+        )
     return strips
 
 

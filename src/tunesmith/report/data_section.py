@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tunesmith.json_types import JsonObject
+from tunesmith.report.language import recorded, t
 from tunesmith.runs.figure_format import is_number, number, share
 
 _SPLITS = ("train", "eval")
@@ -36,7 +37,7 @@ def data_values(report: JsonObject) -> JsonObject:
     """Return the values of ``data.html``. Unknown keys of the report are shown too, missing ones left out."""
     splits = {name: report[name] for name in _SPLITS if isinstance(report.get(name), dict)}
     sets = mapping(report.get("eval_sets"))
-    splits |= {f"eval {name}": split for name, split in sets.items() if isinstance(split, dict)}
+    splits |= {t("eval {name}", name=name): split for name, split in sets.items() if isinstance(split, dict)}
     cells = {name: _cells(split) for name, split in splits.items()}
     sources = _mappings(report.get("sources"))
     contaminated = mapping(report.get("contaminated"))
@@ -45,22 +46,29 @@ def data_values(report: JsonObject) -> JsonObject:
         part = share(contaminated["share"], 1)
         figures["eval_rows_that_share_text_with_train"] = f"{contaminated['rows']:,} ({part})"
     if (held_out := mapping(report.get("held_out"))).get("rows") is not None:
-        figures["held_out_rows"] = f"{held_out['rows']:,} of {held_out['of']:,}"
+        figures["held_out_rows"] = t(
+            "{done} of {all}", done=f"{held_out['rows']:,}", all=f"{held_out['of']:,}"
+        )
     names = dict.fromkeys(name for split in cells.values() for name in split)
     unsupervised = dict.fromkeys(_join(splits.values(), "unlearnable_first"))
     return {
-        "figures": figures,
+        "figures": {
+            name: recorded(value) if isinstance(value, str) else value for name, value in figures.items()
+        },
         "splits": list(splits),
         # A line for each figure and a column for each split, so that splits can be compared.
         "examples": [(name, [split.get(name) for split in cells.values()]) for name in names],
         "lengths": _length_counts(mapping(splits.get("train", {}).get("histogram"))),
         "sources": [_source(source) for source in sources],
         "lists": {
-            "Rows left out": _join(sources, "problems"),
-            "Text the template leaves out": list(filter(None, map(_left_out_text, sources))),
-            "Rows without supervised tokens": list(unsupervised),
+            t("Rows left out"): _join(sources, "problems"),
+            t("Text the template leaves out"): list(filter(None, map(_left_out_text, sources))),
+            t("Rows without supervised tokens"): list(unsupervised),
         },
-        "shared_title": f"Text in both evaluation and training, {contaminated.get('letters')} letters or more",
+        "shared_title": t(
+            "Text in both evaluation and training, {letters} letters or more",
+            letters=contaminated.get("letters"),
+        ),
         "shared": _mappings(contaminated.get("first")),
     }
 
@@ -68,22 +76,32 @@ def data_values(report: JsonObject) -> JsonObject:
 def grave_notes(report: JsonObject) -> list[str]:
     """Return sentences on faults of the data that make the model or its figures wrong."""
     notes = [
-        f"The chat template leaves out text, so the model did not learn it: {text}. Choose another data.template, or change "
-        "these rows."
+        t(
+            "The chat template leaves out text, so the model did not learn it: {text}. Choose another data.template, or "
+            "change these rows.",
+            text=text,
+        )
         for text in map(_left_out_text, _mappings(report.get("sources")))
         if text
     ]
-    optimistic = "so the held-out figures are better than those on new text"
     equal, contaminated = report.get("duplicates_train_eval"), mapping(report.get("contaminated"))
     if is_number(equal) and equal:
         notes.append(
-            f"{equal:,} held-out rows are also training rows, {optimistic}. Remove them from one side."
+            t(
+                "{rows} held-out rows are also training rows, so the held-out figures are better than those on new text. "
+                "Remove them from one side.",
+                rows=f"{equal:,}",
+            )
         )
     if is_number(contaminated.get("rows")) and contaminated["rows"]:
         part = f" ({share(contaminated['share'], 1)})" if is_number(contaminated.get("share")) else ""
         notes.append(
-            f"{contaminated['rows']:,} held-out rows{part} share long passages with training rows, {optimistic}. The data "
-            "section below shows some."
+            t(
+                "{rows} held-out rows{part} share long passages with training rows, so the held-out figures are better than "
+                "those on new text. The data section below shows some.",
+                rows=f"{contaminated['rows']:,}",
+                part=part,
+            )
         )
     return notes
 
@@ -140,8 +158,9 @@ def _left_out_text(source: JsonObject) -> str:
     if not facts.get("rows"):
         return ""
     first = facts.get("first")
-    example = f", for example {first[0]}" if isinstance(first, list) and first else ""
-    return f"{source.get('path')}: {facts['rows']} of {facts.get('looked_at')} rows looked at{example}"
+    example = t(", for example {row}", row=first[0]) if isinstance(first, list) and first else ""
+    counts = {"rows": facts["rows"], "all": facts.get("looked_at")}
+    return t("{path}: {rows} of {all} rows looked at", path=source.get("path"), **counts) + example
 
 
 def _length_counts(histogram: JsonObject) -> dict[str, float]:

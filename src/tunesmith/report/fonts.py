@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
+from tunesmith.report.language import t
 from tunesmith.runs.figure_format import shorten_middle
 
 if TYPE_CHECKING:
@@ -30,13 +33,15 @@ def fit_names(names: Sequence[str], numbers: Sequence[int]) -> Names:
     families, missing = fonts_of("".join(short))
     has_glyphs = [not missing & set(name) for name in short]
     shown = [name if has else f"#{number}" for name, number, has in zip(short, numbers, has_glyphs)]
-    note = "" if all(has_glyphs) else "\n#n = class n, counted from 0: no installed font has its letters"
+    note = (
+        "" if all(has_glyphs) else "\n" + t("#n = class n, counted from 0: no installed font has its letters")
+    )
     return Names(shown, families, note)
 
 
 def _one_line(name: str) -> str:
     line = "".join(letter if letter.isprintable() else " " for letter in " ".join(name.split()))
-    return shorten_middle(line, _MOST_CHARACTERS) or "(empty)"
+    return shorten_middle(line, _MOST_CHARACTERS) or t("(empty)")
 
 
 def fonts_of(letters: Iterable[str]) -> tuple[list[str], set[str]]:
@@ -62,13 +67,29 @@ def fonts_of(letters: Iterable[str]) -> tuple[list[str], set[str]]:
         is_regular = str(entry.weight) in ("400", "normal", "regular")
         return entry.style != "normal", not is_regular, not is_sans, entry.name
 
-    for entry in sorted(font_manager.fontManager.ttflist, key=rank):
-        if entry.name in families or entry.name.startswith("Last Resort"):  # which has a box for every letter
-            continue
-        still_missing = lacking(entry.fname, missing)
-        if still_missing != missing:
-            families.append(entry.name)
-            missing = still_missing
-        if not missing:
-            break
+    for is_listed in (True, False):  # matplotlib keeps its list, without fonts that were installed later
+        if missing and not is_listed:
+            _list_new_fonts()
+        for entry in sorted(font_manager.fontManager.ttflist, key=rank) if missing else ():
+            if entry.name in families or entry.name.startswith(
+                "Last Resort"
+            ):  # which has a box for every letter
+                continue
+            still_missing = lacking(entry.fname, missing)
+            if still_missing != missing:
+                families.append(entry.name)
+                missing = still_missing
+            if not missing:
+                break
     return families, missing
+
+
+@cache
+def _list_new_fonts() -> None:
+    """Add the installed fonts that matplotlib's list lacks to it, once in a process."""
+    from matplotlib import font_manager
+
+    known = {entry.fname for entry in font_manager.fontManager.ttflist}
+    for path in sorted({*font_manager.findSystemFonts()} - known):
+        with suppress(OSError, RuntimeError):  # a file that is no font
+            font_manager.fontManager.addfont(path)

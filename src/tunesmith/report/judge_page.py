@@ -7,14 +7,18 @@ from pathlib import Path
 import tunesmith
 from tunesmith.json_types import JsonObject
 from tunesmith.report import pages
+from tunesmith.report.language import recorded, sentence, t
 from tunesmith.report.pages import Tile
 
 
 def write(folder: str | Path, result: JsonObject) -> Path:
     """Write report.html into ``folder``; return its path. ``result``: as ``judge_run.judge`` returns it."""
     examined = result["examination"]
-    notes = [one["verdict"] for one in result["comparisons"]]
-    notes += [f"the judge failed its examination: {failure}" for failure in examined["failures"]]
+    notes = [sentence(one["verdict"]) for one in result["comparisons"]]
+    notes += [
+        t("the judge failed its examination: {failure}", failure=recorded(failure))
+        for failure in examined["failures"]
+    ]
     rates = [
         {
             "first": one["first"], "second": one["second"], "second wins": one["wins"], "ties": one["ties"],
@@ -26,16 +30,31 @@ def write(folder: str | Path, result: JsonObject) -> Path:
     return pages.save(
         Path(folder) / "report.html",
         "judge.html",
-        title=" or ".join(result["systems"]),
+        title=t(" or ").join(result["systems"]),
         version=tunesmith.__version__,
         tiles_shown=_tiles(result),
         notes_shown=notes,
         judge=result["judge"],
         rates=rates,
-        examined={key: value for key, value in examined.items() if key != "failures"},
-        comparisons=result["comparisons"],
+        examined=[
+            {"figure": recorded(name), "value": recorded(value), "expected": recorded(expected)}
+            for name, value, expected in examination_rows(examined)
+        ],
+        comparisons=[{**one, "length": recorded(one["length"])} for one in result["comparisons"]],
         cost=result["cost"],
     )
+
+
+def examination_rows(examined: JsonObject) -> list[tuple[str, str, str]]:
+    """Return (figure, value, expected) of each figure of the examination."""
+    kappa = f"{examined['kappa']:.2f} ({examined['kappa_low']:.2f} to {examined['kappa_high']:.2f})"
+    return [
+        (f"kappa with {examined['pairs']} known answers", kappa, "at least 0.4"),
+        ("prefers the answer read first", f"{examined['first']:.0%}", "50%"),
+        ("prefers the longer answer", f"{examined['longer']:.0%}", f"{examined['longer_is_better']:.0%}"),
+        ("repeats its verdict", f"{examined['retest']:.0%}", "at least 90%"),
+        ("no verdict", f"{examined['missing']:.0%}", "at most 10%"),
+    ]
 
 
 def _tiles(result: JsonObject) -> list[Tile]:
@@ -43,12 +62,17 @@ def _tiles(result: JsonObject) -> list[Tile]:
     examined = result["examination"]
     tiles = [
         Tile(
-            f"{one['second']} against {one['first']}", _share(one["win_rate"]), f"of {one['pairs']} pairs won"
+            t("{second} against {first}", second=one["second"], first=one["first"]),
+            _share(one["win_rate"]),
+            t("of {pairs} pairs won", pairs=one["pairs"]),
         )
         for one in result["comparisons"][:3]
     ]
-    word = "passed" if examined["passed"] else "failed"
-    return [*tiles, Tile("Examination of the judge", word, f"kappa {examined['kappa']:.2f}")]
+    word = t("passed") if examined["passed"] else t("failed")
+    return [
+        *tiles,
+        Tile(t("Examination of the judge"), word, t("kappa {value}", value=f"{examined['kappa']:.2f}")),
+    ]
 
 
 def _share(interval: JsonObject | None) -> str:
@@ -58,4 +82,5 @@ def _share(interval: JsonObject | None) -> str:
 def _interval(interval: JsonObject | None) -> str:
     if interval is None:
         return "-"
-    return f"{interval['value']:.0%} ({interval['low']:.0%} to {interval['high']:.0%})"
+    ends = recorded(f"{interval['low']:.0%} to {interval['high']:.0%}")
+    return f"{interval['value']:.0%} ({ends})"

@@ -6,7 +6,7 @@ contains. A name that a template misspells is an error (``StrictUndefined``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,8 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
+from tunesmith.report import language
+from tunesmith.report.language import figure_name, recorded
 from tunesmith.runs import figure_format
-from tunesmith.runs.figure_format import is_number
+from tunesmith.runs.figure_format import is_number, signed
 
 _SHARES = ("share", "fraction", "percent")
 
@@ -54,16 +56,19 @@ def environment() -> Environment:
     )  # fmt: skip
     for function in (figure_format.short_command, words, unit, columns):
         environment.filters[function.__name__] = function
+    environment.globals |= {"t": language.t, "language": language.current}
     return environment
 
 
 def words(key: str) -> str:
     """``peak_memory_bytes`` -> peak memory."""
-    return str(key).replace("_", " ").removesuffix(" bytes").removesuffix(" seconds")
+    return figure_name(str(key).replace("_", " ").removesuffix(" bytes").removesuffix(" seconds"))
 
 
 def heading(name: str) -> str:
     """``eval_macro_f1`` -> Eval macro F1."""
+    if language.current() != "en":
+        return figure_name(name.replace("_", " "))
     text = name.replace("_", " ").replace("f1", "F1").replace("auroc", "AUROC")
     return text.upper() if name in ("rmse", "mae", "mse") else text[:1].upper() + text[1:]
 
@@ -73,10 +78,26 @@ def unit(value: float, key: str) -> str:
     if key.endswith("_bytes") or key == "bytes":
         return figure_format.size(value)
     if key.endswith("seconds"):
-        return figure_format.duration(value)
+        return duration(value)
     if any(word in key for word in _SHARES) and 0 <= value <= 1:
         return figure_format.share(value, 1)
     return figure_format.number(value)
+
+
+def interval(one: JsonObject, form: Callable[[float], str] = figure_format.number) -> str:
+    """Return ``figure_format.interval_text`` in the language of the page."""
+    return recorded(figure_format.interval_text(one, form))
+
+
+def change(one: JsonObject) -> str:
+    """Return ``figure_format.change_text`` in the language of the page: ``+0.329 (+0.25 to +0.41)``."""
+    return f"{signed(one['value'])} ({interval(one, signed)})"
+
+
+def duration(seconds: float) -> str:
+    """Return ``figure_format.duration`` in the language of the page."""
+    text = figure_format.duration(seconds)
+    return text if language.current() == "en" else text.replace(" s", "초").replace(" d", "일")
 
 
 def columns(rows: Sequence[JsonObject]) -> list[tuple[str, bool]]:

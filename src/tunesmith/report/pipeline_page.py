@@ -7,9 +7,10 @@ from urllib.parse import quote
 
 from tunesmith.json_types import JsonObject
 from tunesmith.report import pages
-from tunesmith.report.pages import Tile, heading
+from tunesmith.report.language import recorded, t
+from tunesmith.report.pages import Tile, duration, heading
 from tunesmith.runs import figure_format
-from tunesmith.runs.figure_format import duration, is_number, number, size
+from tunesmith.runs.figure_format import is_number, number, size
 
 
 def write(folder: Path, facts: JsonObject) -> Path:
@@ -22,9 +23,10 @@ def page_values(facts: JsonObject) -> JsonObject:
     stages, comparison = facts["stages"], facts["comparison"] or {}
     done = [stage for stage in stages if stage["current"]]
     seconds = [stage["train_seconds"] for stage in done if is_number(stage["train_seconds"])]
-    tiles = [Tile("Stages", f"{len(done)} of {len(stages)}", "trained")]
+    progress = t("{done} of {all}", done=len(done), all=len(stages))
+    tiles = [Tile(t("Stages"), progress, t("trained"))]
     if seconds:
-        tiles.append(Tile("Time", duration(sum(seconds)), "in optimiser steps"))
+        tiles.append(Tile(t("Time"), duration(sum(seconds)), t("in optimiser steps")))
     return {
         "title": Path(facts["out"]).name,
         "version": facts["tunesmith"],
@@ -56,7 +58,7 @@ def _stage(stage: JsonObject) -> JsonObject:
             {"figure": heading(name), "before": before, "after": after}
             for name, (before, after) in (stage.get("figures") or {}).items()
         ],
-        "verdict": stage.get("verdict") or [],
+        "verdict": [recorded(line) for line in stage.get("verdict") or []],
     }
 
 
@@ -70,10 +72,14 @@ def _prompt(one: JsonObject) -> JsonObject:
     answers = []
     for model, text in one["answers"].items():
         scores = {judge: values.get(model) for judge, values in (one.get("rewards") or {}).items()}
-        shown = [f"reward by {judge} {number(score)}" for judge, score in scores.items() if is_number(score)]
+        shown = [
+            t("reward by {judge} {score}", judge=judge, score=number(score))
+            for judge, score in scores.items()
+            if is_number(score)
+        ]
         answers.append({"kind": "", "label": ", ".join([model, *shown]), "text": text})
     if reference is not None:
-        answers.append({"kind": "reference", "label": "reference", "text": _text(reference)})
+        answers.append({"kind": "reference", "label": t("reference"), "text": _text(reference)})
     return {"text": _text(prompt), "answers": answers}
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from tunesmith.json_types import JsonObject
 from tunesmith.report.curves import Curve, Plot, Points, plot
-from tunesmith.report.pages import heading
+from tunesmith.report.language import t
+from tunesmith.report.pages import duration, heading
 from tunesmith.runs import figure_format
 from tunesmith.runs.figure_format import is_number
 from tunesmith.runs.metrics_file import TIMING_KEYS
@@ -35,7 +36,7 @@ def rollout_plots(
 
     def by_phase(unit: str) -> list[Curve]:
         return [
-            Curve.of_set(label, points(train if phase == UPDATE else rollouts, f"{phase}_{unit}"), number)
+            Curve.of_set(t(label), points(train if phase == UPDATE else rollouts, f"{phase}_{unit}"), number)
             for number, (phase, label) in enumerate(PHASES.items())
         ]
 
@@ -43,16 +44,17 @@ def rollout_plots(
         *(
             plot(
                 heading(name),
-                [Curve("train", points(rollouts, name)), Curve("eval", points(evals, f"eval_{name}"))],
+                [
+                    Curve(t("train"), points(rollouts, name), "train"),
+                    Curve(t("eval"), points(evals, f"eval_{name}"), "eval"),
+                ],
             )
             for name in names
         ),
-        *(plot(heading(name), [Curve("train", points(train, name))]) for name in OF_UPDATES),
+        *(plot(heading(name), [Curve(t("train"), points(train, name), "train")]) for name in OF_UPDATES),
+        plot(t("Seconds by phase"), by_phase("seconds"), duration, from_zero=True, is_smoothed=False),
         plot(
-            "Seconds by phase", by_phase("seconds"), figure_format.duration, from_zero=True, is_smoothed=False
-        ),
-        plot(
-            "Tokens per second by phase",
+            t("Tokens per second by phase"),
             by_phase("tokens_per_second"),
             figure_format.count,
             is_smoothed=False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,15 @@ from tunesmith.errors import DataError
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages, task_page
-from tunesmith.report.answer_section import answer_rows
+from tunesmith.report.answer_section import answer_rows, sample_prompts, worst_prompts
 from tunesmith.report.curves import Curve, Plot, Points, plot
 from tunesmith.report.data_section import data_values, grave_notes, mapping
-from tunesmith.report.pages import Tile, heading
+from tunesmith.report.language import figure_name, recorded, recorded_notes, sentence, t
+from tunesmith.report.pages import Tile, change, duration, heading
 from tunesmith.report.rollout_plots import rollout_plots
 from tunesmith.runs import assessment, figure_format, metrics_file, overfit
 from tunesmith.runs.figure_format import (
-    change_text,
     count,
-    duration,
     is_number,
     lower_is_better,
     number,
@@ -101,7 +100,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = _read(folder)
     losses = _losses(run)
     if any(curve.finite for curve in losses):
-        replace_file(folder / "loss.png", charts.png(charts.over_steps("loss", losses)))
+        replace_file(folder / "loss.png", charts.png(charts.over_steps(t("loss"), losses)))
     return pages.save(folder / "report.html", "run.html", **page_values(run))
 
 
@@ -121,7 +120,7 @@ def _read(folder: Path) -> _Run:
         try:
             return reader(path)
         except (OSError, ValueError, RecursionError, DataError) as error:
-            problems.append(f"{name} cannot be read: {error}")
+            problems.append(t("{name} cannot be read: {error}", name=name, error=error))
             return missing
 
     nothing: list[JsonObject] = []
@@ -162,13 +161,13 @@ def page_values(run: _Run) -> JsonObject:
         "tiles_shown": _tiles(run),
         "sets": _sets(run),
         "notes_shown": _notes(run),
-        "loss": plot("Loss", _losses(run)),
+        "loss": plot(t("Loss"), _losses(run)),
         "small_plots": _small_plots(run),
-        "prompts": _prompts(run),
+        "prompts": sample_prompts(run.samples, run.figure("best_step")),
         "answer_rows": answer_rows(
             run.part("result"), mapping(mapping(run.part("result").get("assessment")).get("figures"))
         ),
-        "worst_answers": _worst_answers(run),
+        "worst_answers": worst_prompts(run.worst_answers),
         "examples": _examples(run),
         "data": data_values(run.part("data")) if run.part("data") else None,
         "recipe": run.recipe,
@@ -192,21 +191,23 @@ def _tiles(run: _Run) -> list[Tile]:
     steps = known("steps", max(values("step"), default=None))
     if steps is not None:
         epoch, seconds = (run.train[-1] if run.train else {}).get("epoch"), run.figure("train_seconds")
-        notes = [f"{epoch:.2f} epochs"] if is_number(epoch) else []
+        notes = [t("{epochs} epochs", epochs=f"{epoch:.2f}")] if is_number(epoch) else []
         notes += [duration(seconds)] if seconds is not None else []
-        tiles.append(Tile("Steps", number(steps), ", ".join(notes)))
+        tiles.append(Tile(t("Steps"), number(steps), ", ".join(notes)))
     rates = [rate for rate in values("tokens_per_second") if math.isfinite(rate)]
     speed = known("tokens_per_second", sum(rates) / len(rates) if rates else None)
     if speed is not None:
-        tiles.append(Tile("Speed", f"{number(round(speed))} tokens/s", "padding not counted"))
+        rate = t("{rate} tokens/s", rate=number(round(speed)))
+        tiles.append(Tile(t("Speed"), rate, t("padding not counted")))
     so_far = max([*values("peak_memory_bytes"), *values("memory_bytes")], default=None)
     peak, memory = known("peak_memory_bytes", so_far), run.part("machine").get("memory_bytes")
     if peak is not None:
-        tiles.append(Tile("Peak memory", size(peak), f"of {size(memory)}" if is_number(memory) else ""))
+        of = t("of {memory}", memory=size(memory)) if is_number(memory) else ""
+        tiles.append(Tile(t("Peak memory"), size(peak), of))
     trainable, total = (run.part("parameters").get(key) for key in ("trainable", "total"))
     if is_number(trainable) and is_number(total):
-        note = f"{share(trainable, total)} of {count(total)}"
-        tiles.append(Tile("Trained", f"{count(trainable)} parameters", note))
+        note = t("{share} of {total}", share=share(trainable, total), total=count(total))
+        tiles.append(Tile(t("Trained"), t("{count} parameters", count=count(trainable)), note))
     return tiles
 
 
@@ -219,22 +220,25 @@ def _before_after(run: _Run, key: str) -> Tile | None:
     if after is None and points and (before is None or len(points) > 1):
         after = points[-1][1]
     if after is None:
-        return Tile(name, number(before), "before training") if before is not None else None
+        return Tile(name, number(before), t("before training")) if before is not None else None
     if before is None:
         return Tile(name, number(after))
     assessed = run.assessed(key)
     known, baseline = assessed.get("change"), assessed.get("baseline")
-    against = f"baseline {number(baseline['value'])}: {baseline['words']}" if baseline else "on held-out rows"
+    against = t("on held-out rows")
+    if baseline:
+        words = recorded(baseline["words"])
+        against = t("baseline {value}: {words}", value=number(baseline["value"]), words=words)
     if known:
         trend = {True: "good", False: "bad", None: ""}[known["better"]]
-        chance = ", may be chance" if known["low"] <= 0 <= known["high"] else ""
-        return Tile(name, number(after), against, number(before), f"{change_text(known)}{chance}", trend)
+        chance = t(", may be chance") if known["low"] <= 0 <= known["high"] else ""
+        return Tile(name, number(after), against, number(before), f"{change(known)}{chance}", trend)
     if not (before and math.isfinite(before) and math.isfinite(after)):
         return Tile(name, number(after), against if baseline else "", number(before))
-    change, trend = _change((after - before) / abs(before), lower_is_better(key))
+    text, trend = _change((after - before) / abs(before), lower_is_better(key))
     if run.part("result").get("assessment"):  # colours are for differences with an interval
         trend = ""
-    return Tile(name, number(after), against, number(before), change, trend)
+    return Tile(name, number(after), against, number(before), text, trend)
 
 
 def _change(change: float, lower_is_better: bool | None) -> tuple[str, str]:
@@ -257,14 +261,18 @@ def _sets(run: _Run) -> list[JsonObject]:
             if points:
                 best = run.figure("best_step")
                 last = best if best is not None and best in points else max(points)
-                row |= {f"{label} before": points.get(0), f"{label} after": points[last]}
+                shown = figure_name(figure_format.label(label))
+                row |= {
+                    t("{figure} before", figure=shown): points.get(0),
+                    t("{figure} after", figure=shown): points[last],
+                }
         rows.append(row)
     return rows
 
 
 def _examples(run: _Run) -> list[tuple[str, list[task_page.Mistake]]]:
     """Return sections of held-out rows with the model's answers: the worst mistakes, and some right ones."""
-    titles = {"wrong": "Worst mistakes on held-out rows", "right": "Some right answers"}
+    titles = {"wrong": t("Worst mistakes on held-out rows"), "right": t("Some right answers")}
     return [
         (title, [task_page.mistake_card(one) for one in run.examples[name]])
         for name, title in titles.items()
@@ -277,30 +285,33 @@ def _notes(run: _Run) -> list[str]:
 
     Their order: how the run ended, the verdict, faults of the data that make the figures or the model wrong,
     unreadable files, other notes."""
-    recorded, result = run.manifest.get("notes"), run.part("result")
+    kept, result = run.manifest.get("notes"), run.part("result")
     grave = grave_notes(run.part("data"))
-    notes = [*grave, *run.problems, *(map(str, recorded) if isinstance(recorded, list) else ())]
+    lines = list(map(str, kept)) if isinstance(kept, list) else []
+    notes = [*grave, *run.problems, *recorded_notes(lines)]
     if verdict := overfit.detect([*run.train, *run.evals]):
-        notes.insert(0, f"Overfit: {verdict.text}.")
+        notes.insert(0, t("Overfit: {verdict}.", verdict=recorded(verdict.text)))
     verdict_lines = mapping(result.get("assessment")).get("verdict") or ()
-    notes = [*(f"{line[:1].upper()}{line[1:]}." for line in verdict_lines), *notes]
+    notes = [*map(sentence, verdict_lines), *notes]
     if result.get("stopped"):
-        notes.insert(0, f"Stopped early: {result['stopped']}")
+        notes.insert(0, t("Stopped early: {reason}", reason=recorded(str(result["stopped"]))))
     if not result and run.manifest.get("stopped"):
-        notes.insert(0, f"This run stopped. {run.manifest['stopped']}")
+        notes.insert(0, t("This run stopped. {reason}", reason=recorded(str(run.manifest["stopped"]))))
     elif not result:
-        at = f" Its last record is of step {run.train[-1].get('step')}." if run.train else ""
-        notes.insert(0, f"This run had not finished when the report was written.{at}")
+        at = t(" Its last record is of step {step}.", step=run.train[-1].get("step")) if run.train else ""
+        notes.insert(0, t("This run had not finished when the report was written.") + at)
     return notes
 
 
 def _losses(run: _Run) -> list[Curve]:
     curves = [
-        Curve("train", run.points(run.train, "loss")),
-        Curve("eval", run.points(run.evals, "eval_loss")),
+        Curve(t("train"), run.points(run.train, "loss"), "train"),
+        Curve(t("eval"), run.points(run.evals, "eval_loss"), "eval"),
     ]
     for index, name in enumerate(run.sets):
-        curves.append(Curve.of_set(f"eval {name}", run.points(run.evals, f"eval_{name}_loss"), index))
+        curves.append(
+            Curve.of_set(t("eval {name}", name=name), run.points(run.evals, f"eval_{name}_loss"), index)
+        )
     return [curve for curve in curves if curve.points]
 
 
@@ -308,88 +319,34 @@ def _small_plots(run: _Run) -> list[Plot]:
     """Plot the objective's figures (accuracy, rewards/margins ...), held-out figures, and the training."""
 
     def train(key: str) -> Curve:
-        return Curve("train", run.points(run.train, key))
+        return Curve(t("train"), run.points(run.train, key), "train")
 
     def held_out(key: str) -> Curve:
-        return Curve("eval", run.points(run.evals, f"eval_{key}"))
+        return Curve(t("eval"), run.points(run.evals, f"eval_{key}"), "eval")
 
     names = run.figure_names
     logged = dict.fromkeys(name for record in run.train for name in record if name != "loss")
     own = [name for name in logged if "/" in name or f"eval_{name}" in names]
     labels = [name.removeprefix("eval_") for name in names if not lower_is_better(name)]
     labels = [label for label in labels if label not in own][:MOST_CURVES]
-    only_held_out = [Curve.of_set(label, held_out(label).points, index) for index, label in enumerate(labels)]
+    only_held_out = [
+        Curve.of_set(figure_name(figure_format.label(label)), held_out(label).points, index)
+        for index, label in enumerate(labels)
+    ]
     rate = partial(plot, form=figure_format.rate, from_zero=True, is_smoothed=False)
-    ratio = "Update / weights, often about 1e-3"
+    ratio = t("Update / weights, often about 1e-3")
     of_rollouts = rollout_plots(run.rollouts, run.train, run.evals, run.points)
     if of_rollouts:
         own, only_held_out = [], []  # they are among the figures of the rollouts
     plots = [
         *of_rollouts,
         *(plot(heading(name), [train(name), held_out(name)]) for name in own),
-        plot("Held-out figures", only_held_out, is_smoothed=False),
-        rate("Learning rate", [train("learning_rate")]),
-        rate("Learning rate of the output layer", [train("head_learning_rate")]),
-        plot("Loss scale", [train("loss_scale")], count, is_smoothed=False),
-        plot("Gradient norm", [train("grad_norm")], from_zero=True),
+        plot(t("Held-out figures"), only_held_out, is_smoothed=False),
+        rate(t("Learning rate"), [train("learning_rate")]),
+        rate(t("Learning rate of the output layer"), [train("head_learning_rate")]),
+        plot(t("Loss scale"), [train("loss_scale")], count, is_smoothed=False),
+        plot(t("Gradient norm"), [train("grad_norm")], from_zero=True),
         plot(ratio, [train("update_ratio")], figure_format.rate, is_log=True),
-        plot("Tokens per second", [train("tokens_per_second")], count, from_zero=True),
+        plot(t("Tokens per second"), [train("tokens_per_second")], count, from_zero=True),
     ]
     return [one for one in plots if one is not None]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """``kind``: before, after, reference, between or first."""
-
-    kind: str
-    label: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt with the answers shown side by side, and those ``between``, which are folded away."""
-
-    text: str
-    compared: list[Answer]
-    between: list[Answer]
-
-
-def _prompts(run: _Run) -> list[Prompt]:
-    by_prompt: dict[str, list[JsonObject]] = {}
-    for sample in run.samples:
-        by_prompt.setdefault(str(sample.get("prompt", "")), []).append(sample)
-    return [_prompt(text, samples, run.figure("best_step")) for text, samples in by_prompt.items()]
-
-
-def _prompt(text: str, samples: Sequence[JsonObject], best_step: float | None) -> Prompt:
-    """Compare the answers before training and after (at the best step, if it is known) with the reference."""
-    first = samples[0]
-    last = next((one for one in reversed(samples) if one.get("step") == best_step), samples[-1])
-    compared = [_answer("before" if first.get("step") == 0 else "first", first)]
-    if last is not first:
-        compared.append(_answer("after", last))
-    reference = next((one["reference"] for one in samples if one.get("reference")), None)
-    if reference is not None:
-        compared.append(Answer("reference", "reference, from the data", str(reference)))
-    between = [_answer("between", one) for one in samples if one is not first and one is not last]
-    return Prompt(text, compared, between)
-
-
-def _worst_answers(run: _Run) -> list[Prompt]:
-    """Return the worst answers to held-out prompts, each next to the answer in the data."""
-    shown = []
-    for one in run.worst_answers:
-        sides = [Answer("after", f"answer, row {one['row']}", str(one["answer"]))]
-        sides += [Answer("reference", "reference, from the data", text) for text in one["references"]]
-        shown.append(Prompt(str(one["prompt"]), sides, []))
-    return shown
-
-
-def _answer(kind: str, sample: JsonObject) -> Answer:
-    step, text = sample.get("step"), sample.get("answer")
-    at = [f"step {step:,}"] if is_number(step) else []
-    cut = [f"cut at {sample['cut']} tokens"] if is_number(sample.get("cut")) else []
-    label = ", ".join([*(() if kind == "between" and at else (kind,)), *at, *cut])
-    return Answer(kind, label, "" if text is None or not str(text).strip() else str(text))

@@ -15,7 +15,8 @@ import tunesmith
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
-from tunesmith.report.pages import Tile, heading
+from tunesmith.report.language import figure_name, recorded, sentence, t
+from tunesmith.report.pages import Tile, heading, interval
 from tunesmith.runs.figure_format import is_number, label, number
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def write(
     assessed = (assessment or {}).get("figures") or {}
     several |= {name.removeprefix("eval_") for name in assessed}
     single = {key: value for key, value in figures.items() if key not in several}
-    verdict = [f"{line[:1].upper()}{line[1:]}." for line in (assessment or {}).get("verdict") or ()]
+    verdict = [sentence(line) for line in (assessment or {}).get("verdict") or ()]
     return pages.save(
         folder / "report.html",
         "task.html",
@@ -85,7 +86,7 @@ def write(
         version=tunesmith.__version__,
         command=str(command or ""),
         tiles_shown=_tiles(figures),
-        notes_shown=[*verdict, *map(str, notes)],
+        notes_shown=[*verdict, *(recorded(str(note)) for note in notes)],
         figures=single,
         assessed=[_assessed_row(name, one) for name, one in assessed.items()],
         class_word=class_word,
@@ -101,10 +102,10 @@ def _assessed_row(name: str, one: JsonObject) -> JsonObject:
     """Return a figure with its interval and its baseline, as a row of the page's table."""
     baseline = one.get("baseline")
     return {
-        "figure": label(name),
+        "figure": figure_name(label(name)),
         "value": one.get("value"),
-        "95% interval": f"{number(one['low'])} to {number(one['high'])}" if "low" in one else None,
-        "baseline": f"{number(baseline['value'])}, {baseline['words']}" if baseline else None,
+        "95% interval": interval(one) if "low" in one else None,
+        "baseline": f"{number(baseline['value'])}, {recorded(baseline['words'])}" if baseline else None,
     }
 
 
@@ -144,25 +145,29 @@ def _pictures(figures: JsonObject) -> list[Picture]:
 
     if counts := figures.get("confusion"):
         names = list(classes)
-        caption = "Confusion matrix: counts, coloured by the share of the row"
+        caption = t("Confusion matrix: counts, coloured by the share of the row")
         add("confusion", caption, charts.confusion(counts, names), _worst_confusions(counts, names))
     if classes:
-        detail = "The figures are in the table above."
-        add("per-class", "Precision, recall and F1", charts.per_class(classes), detail)
+        detail = t("The figures are in the table above.")
+        add("per-class", t("Precision, recall and F1"), charts.per_class(classes), detail)
     if any((figures.get("curves") or {}).values()):
         by_support = sorted(figures["curves"], key=lambda name: -classes.get(name, {}).get("support", 0))
         curves = {name: figures["curves"][name] for name in by_support}
-        add("precision-recall", "Precision and recall at every threshold", charts.precision_recall(curves))
+        add("precision-recall", t("Precision and recall at every threshold"), charts.precision_recall(curves))
     if bins := figures.get("calibration"):
-        caption = "Calibration: how confident the model is, and how often it is right"
+        caption = t("Calibration: how confident the model is, and how often it is right")
         parts = (
-            f"{number(one['accuracy'])} are right at a confidence of {number(one['confidence'])}"
+            t(
+                "{share} are right at a confidence of {confidence}",
+                share=number(one["accuracy"]),
+                confidence=number(one["confidence"]),
+            )
             for one in bins
         )
         detail = "; ".join(parts)
         add("calibration", caption, charts.calibration(bins), detail)
     if buckets := figures.get("by_length"):
-        caption = "Accuracy by how much longer the better answer is: does the model only measure length?"
+        caption = t("Accuracy by how much longer the better answer is: does the model only measure length?")
         detail = "; ".join(f"{name}: {number(one['accuracy'])}" for name, one in buckets.items())
         add("by-length", caption, charts.accuracy_by_bucket(buckets, 0.5), detail)
     return pictures
@@ -177,8 +182,11 @@ def _worst_confusions(counts: Sequence[Sequence[int]], names: Sequence[str]) -> 
         if count and true != predicted
     ]
     worst = sorted(confusions, key=lambda confusion: -confusion[0])[:3]
-    texts = (f"{true} is predicted as {predicted} {count} times" for count, true, predicted in worst)
-    return "; ".join(texts) or "No confusions"
+    texts = (
+        t("{true} is predicted as {predicted} {count} times", true=true, predicted=predicted, count=count)
+        for count, true, predicted in worst
+    )
+    return "; ".join(texts) or t("No confusions")
 
 
 def _tiles(figures: JsonObject) -> list[Tile]:
@@ -189,10 +197,12 @@ def _tiles(figures: JsonObject) -> list[Tile]:
     for name in shown:
         note = ""
         if name in ("accuracy", "micro_f1") and name == shown[0] and is_number(baseline):
-            note = f"{number(baseline)} by always predicting the same"
+            note = t("{value} by always predicting the same", value=number(baseline))
         if name == "accuracy" and is_number(longer):
-            word = "longer" if longer >= 0.5 else "shorter"
-            note = f"{number(max(longer, 1 - longer))} by always taking the {word} one"
+            rule = "{value} by always taking the longer one"
+            if longer < 0.5:
+                rule = "{value} by always taking the shorter one"
+            note = t(rule, value=number(max(longer, 1 - longer)))
         tiles.append(Tile(heading(name), number(figures[name]), note))
     return tiles
 
@@ -229,17 +239,17 @@ class Mistake:
 def mistake_card(mistake: JsonObject) -> Mistake:
     """Return the values of the page's card for one example; ``write`` describes the keys of ``mistake``."""
     values = {name: mistake.get(key) for key, name in _MEASURES.items()}
-    measures = [f"{name} {number(value)}" for name, value in values.items() if is_number(value)]
+    measures = [f"{figure_name(name)} {number(value)}" for name, value in values.items() if is_number(value)]
     if is_number(alike := mistake.get("alike")) and alike > 1:
-        measures.append(f"and {alike - 1:,} more rows with the same mistake")
+        measures.append(t("and {count} more rows with the same mistake", count=f"{alike - 1:,}"))
     gold, predicted = mistake.get("gold_spans") or [], mistake.get("predicted_spans") or []
     is_typed = any(span.get("type") for span in [*gold, *predicted])
-    names = ("true", "predicted")
+    names = (t("true"), t("predicted"))
     if "rewards" in mistake:
         names = (
-            ("better, preferred by the model", "other")
+            (t("better, preferred by the model"), t("other"))
             if mistake.get("right")
-            else ("better", "preferred by the model")
+            else (t("better answer"), t("preferred by the model"))
         )
 
     def side(name: str, key: str, spans: list[JsonObject], others: list[JsonObject]) -> Side:
@@ -280,7 +290,7 @@ def _position(span: JsonObject) -> tuple[int, int, str | None]:
 
 def _shorten(text: str) -> str:
     rest = len(text) - _MOST_TEXT
-    return text if rest <= 0 else f"{text[:_MOST_TEXT]}… ({rest:,} more characters)"
+    return text if rest <= 0 else f"{text[:_MOST_TEXT]}… " + t("({count} more characters)", count=f"{rest:,}")
 
 
 def _mark(text: str, spans: list[JsonObject], others: set[tuple[int, int, str | None]]) -> list[Piece]:

@@ -125,7 +125,7 @@ def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObjec
         figures[name] = {**known, "change": change, "baseline": baseline}
     for name, one in after["baselines"].items():  # figures without terms by row, such as AUROC
         figures.setdefault(name, {"baseline": {"words": one["words"], "value": one["value"]}})
-    few = [] if before is None else _few_rows(figures, best)
+    few = [] if before is None else _few_rows(after["figures"].get(best), clusters)
     return {"verdict": [*few, *_change_verdict(figures, best), *_baseline_verdict(figures, best), *after["remarks"]],
             "figures": figures}  # fmt: skip
 
@@ -167,15 +167,15 @@ def _baseline(after: JsonObject, name: str, figure: RowFigure, clusters: Cluster
     return {"words": one["words"], "value": one["value"], "change": change}
 
 
-def _few_rows(figures: JsonObject, best: str) -> list[str]:
-    """Return a sentence if the figure that decides has no interval because of its few rows."""
-    one = figures.get(best) or {}
-    if "low" in one or not 0 < one.get("rows", 0) < comparison.FEWEST:
+def _few_rows(kept: JsonObject | None, clusters: Clusters) -> list[str]:
+    """Return a sentence if the figure that decides has no interval because of its few rows or prompts."""
+    places = list(_row_figure(kept).rows)
+    prompts = len({clusters.get(place, place) for place in places})
+    if not 0 < prompts < comparison.FEWEST:
         return []
-    return [
-        f"{one['rows']:,} held-out rows are too few to say whether the model is better: {comparison.FEWEST} or more are "
-        "needed"
-    ]
+    among = f" with {prompts:,} different prompts" if prompts < len(places) else ""
+    needed = f"{comparison.FEWEST} different ones are needed"
+    return [f"{len(places):,} held-out rows{among} are too few to say whether the model is better: {needed}"]
 
 
 def _change_verdict(figures: JsonObject, best: str) -> list[str]:
