@@ -54,15 +54,20 @@ def environment() -> Environment:
         loader=PackageLoader("tunesmith.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    for function in (figure_format.short_command, words, unit, columns):
+    for function in (figure_format.short_command, words, key_words, unit, columns):
         environment.filters[function.__name__] = function
     environment.globals |= {"t": language.t, "language": language.current}
     return environment
 
 
 def words(key: str) -> str:
-    """``peak_memory_bytes`` -> peak memory."""
-    return figure_name(str(key).replace("_", " ").removesuffix(" bytes").removesuffix(" seconds"))
+    """``peak_memory_bytes`` -> peak memory, in the language of the page."""
+    return figure_name(key_words(key))
+
+
+def key_words(key: str) -> str:
+    """``peak_memory_bytes`` -> peak memory: a key of a file, in English in every language."""
+    return str(key).replace("_", " ").removesuffix(" bytes").removesuffix(" seconds")
 
 
 def heading(name: str) -> str:
