@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tunesmith.metrics import classes
-from tunesmith.report import charts, fonts
+from tunesmith.report import charts, curves, fonts
 
 NOWHERE = "\U00050000"  # no font has a letter for it
 
@@ -172,3 +172,24 @@ def test_letters_come_from_whichever_font_has_them():
     axes = drawn(charts.confusion([[1]], [f"x {letter}"])).axes[0]
     assert labels(axes.get_yticklabels()) == [f"x {letter}"]
     assert axes.get_yticklabels()[0].get_fontfamily() == families
+
+
+def test_a_font_that_was_installed_after_matplotlib_listed_the_fonts_is_found(monkeypatch):
+    from matplotlib import font_manager
+
+    known, missing = fonts.fonts_of("한글")
+    if missing:
+        pytest.skip("no installed font has Korean letters")
+    listed = [entry for entry in font_manager.fontManager.ttflist if entry.name not in known[1:]]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", listed)
+    fonts._list_new_fonts.cache_clear()
+    assert fonts.fonts_of("한글")[1] == set()
+
+
+def test_names_of_sets_in_any_alphabet_are_in_the_legend_of_the_curves():
+    known = fonts.fonts_of("한글")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a letter that no font has
+        figure = charts.over_steps("loss", [curves.Curve.of_set("한글", [(1, 2.0), (2, 1.0)], 0)])
+        charts.png(figure)
+    assert figure.legends[0].get_texts()[0].get_text() == ("set0" if known[1] else "한글")

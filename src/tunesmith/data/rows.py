@@ -180,7 +180,7 @@ def without_gold(row: Row) -> Row:
     return replace(row, answers=None) if isinstance(row, Question) else row
 
 
-def readable(row: Row) -> str:
+def row_text(row: Row) -> str:
     """Return a row as a person reads it: prompt, answers and label below each other; turns begin with their role."""
     match row:
         case Text(text) | Tagged(text):

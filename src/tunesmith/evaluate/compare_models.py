@@ -21,7 +21,7 @@ import numpy as np
 from tunesmith import files
 from tunesmith.data.read import prompts
 from tunesmith.data.read.source import open_source
-from tunesmith.data.rows import readable
+from tunesmith.data.rows import row_text
 from tunesmith.errors import UserError
 from tunesmith.evaluate import evaluate_model
 from tunesmith.evaluate.evaluate_model import Measured
@@ -191,7 +191,7 @@ def _measure(name: str, data: str, limit: int | None, precision: str, objective:
         {row: group for (_, row), group in measured.rows.groups().items() if row in by_row},
         hashlib.sha256(tokenizer.encode()).hexdigest(),
         task=opened.trained.get("task"),
-        shown={row: {"text": readable(value)[:2000]} for row, value in by_row.items()},
+        shown={row: {"text": row_text(value)[:2000]} for row, value in by_row.items()},
     )
 
 
