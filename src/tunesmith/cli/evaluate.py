@@ -92,8 +92,8 @@ def evaluate(
         objective=objective, format=format, columns=columns or None, separator=separator, template=template,
         template_kwargs=kwargs, max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming, reference=reference, generate=generate,
-        task=task, answer_metrics=metric or (), max_new_tokens=max_new_tokens, with_base=base, engine=engine, served_model=served_model, out=out,
-        decode_weights=decode_weights,
+        task=task, answer_metrics=metric or (), max_new_tokens=max_new_tokens, with_base=base, engine=engine,
+        served_model=served_model, decode_weights=decode_weights, out=out,
     )  # fmt: skip
     with counts() as report:
         figures = evaluate_model.evaluate(
