@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tunesmith.json_types import JsonObject
-from tunesmith.report.language import figure_name, recorded, t
+from tunesmith.report.language import recorded, t
 from tunesmith.report.pages import interval
 from tunesmith.runs.assessment import ANSWERS
 from tunesmith.runs.figure_format import is_number, label, number, signed
@@ -24,7 +24,7 @@ def answer_rows(result: Mapping[str, object], figures: Mapping[str, JsonObject])
         if not name.startswith(ANSWERS) or "value" not in one:
             continue
         before, change, baseline = result.get(f"{name}_before"), one.get("change"), one.get("baseline")
-        row: JsonObject = {"figure": figure_name(label(name.removeprefix(ANSWERS)))}
+        row: JsonObject = {"figure": recorded(label(name.removeprefix(ANSWERS)))}
         row["before"] = number(before) if isinstance(before, float) else "-"
         row |= {"after": number(one["value"]), "95% interval": interval(one)}
         row["change"] = (

@@ -12,7 +12,7 @@ import tunesmith
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
-from tunesmith.report.language import figure_name, sentence, t
+from tunesmith.report.language import recorded, sentence, t
 from tunesmith.report.pages import Tile, interval
 from tunesmith.report.task_page import Picture, Piece
 from tunesmith.runs.figure_format import count, label, number
@@ -92,7 +92,7 @@ def _tiles(result: JsonObject) -> list[Tile]:
 
 
 def _label(name: str) -> str:
-    return figure_name(label(name))
+    return recorded(label(name))
 
 
 def _systems(systems: Sequence[JsonObject]) -> list[JsonObject]:
@@ -108,7 +108,7 @@ def _systems(systems: Sequence[JsonObject]) -> list[JsonObject]:
     names = dict.fromkeys(name for known in facts for name in known)
     return [
         {
-            "figure": figure_name(name),
+            "figure": recorded(name),
             **{one["name"]: known.get(name, "-") for one, known in zip(systems, facts)},
         }
         for name in names

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tunesmith.json_types import JsonObject
-from tunesmith.report.language import figure_name, recorded, t
+from tunesmith.report.language import recorded, t
 from tunesmith.runs.figure_format import is_number, number, share
 
 _SPLITS = ("train", "eval")
@@ -149,7 +149,7 @@ def _source(source: JsonObject) -> JsonObject:
     hidden = ("problems", "sha256", "left_out", "cached", "seconds", "revision", "in_turns")
     row = {key.removeprefix("rows_"): value for key, value in source.items() if key not in hidden}
     short = {"commit": source.get("revision"), "sha256": source.get("sha256")}
-    row |= {"role": figure_name(str(row["role"]))} if "role" in row else {}
+    row |= {"role": recorded(str(row["role"]))} if "role" in row else {}
     return row | {key: str(value)[:12] for key, value in short.items() if value}
 
 

@@ -35,7 +35,7 @@ def t(text: str, /, **values: object) -> str:
 
 
 def recorded(sentence: str) -> str:
-    """Return an English sentence of a file in the current language; unchanged if no template of it is known."""
+    """Return an English sentence or name of a file in the current language; unchanged if no template of it is known."""
     return (translation(sentence) or sentence) if current() == "ko" else sentence
 
 
@@ -46,9 +46,12 @@ def translation(sentence: str) -> str | None:
         return name
     for pattern, form in _patterns():
         if found := pattern.fullmatch(sentence):
-            return form.format(
-                **{key: translation(value) or value for key, value in found.groupdict().items()}
-            )
+            values = {key: translation(value) or value for key, value in found.groupdict().items()}
+            return form.format(**values)
+    for beginning, form in korean_records.BEGINNINGS.items():
+        rest = sentence.removeprefix(beginning)
+        if rest and rest != sentence:
+            return form.format(figure=translation(rest) or rest, name=rest)
     return None
 
 
@@ -62,17 +65,6 @@ def _pattern(template: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)\}", template)
     names = [f"(?P<{name}>{_NUMBER if name.startswith('n_') else '.+?'})" for name in parts[1::2]]
     return re.compile("".join(map("".join, zip(map(re.escape, parts[::2]), [*names, ""]))), re.DOTALL)
-
-
-def figure_name(name: str) -> str:
-    """Return the name of a figure, as ``figure_format.label`` makes it, in the current language."""
-    if current() == "en" or name in korean_records.NAMES:
-        return recorded(name)
-    for beginning, korean in korean_records.BEGINNINGS.items():
-        if name.startswith(beginning):
-            rest = name.removeprefix(beginning)
-            return korean.format(figure=figure_name(rest), name=rest)
-    return name
 
 
 def recorded_notes(lines: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import language
-from tunesmith.report.language import figure_name, recorded
+from tunesmith.report.language import recorded
 from tunesmith.runs import figure_format
 from tunesmith.runs.figure_format import is_number, signed
 
@@ -62,7 +62,7 @@ def environment() -> Environment:
 
 def words(key: str) -> str:
     """``peak_memory_bytes`` -> peak memory, in the language of the page."""
-    return figure_name(key_words(key))
+    return recorded(key_words(key))
 
 
 def key_words(key: str) -> str:
@@ -73,7 +73,7 @@ def key_words(key: str) -> str:
 def heading(name: str) -> str:
     """``eval_macro_f1`` -> Eval macro F1."""
     if language.current() != "en":
-        return figure_name(name.replace("_", " "))
+        return recorded(name.replace("_", " "))
     text = name.replace("_", " ").replace("f1", "F1").replace("auroc", "AUROC")
     return text.upper() if name in ("rmse", "mae", "mse") else text[:1].upper() + text[1:]
 

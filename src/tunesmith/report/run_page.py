@@ -23,7 +23,7 @@ from tunesmith.report import charts, pages, task_page
 from tunesmith.report.answer_section import answer_rows, sample_prompts, worst_prompts
 from tunesmith.report.curves import Curve, Plot, Points, plot
 from tunesmith.report.data_section import data_values, grave_notes, mapping
-from tunesmith.report.language import figure_name, recorded, recorded_notes, sentence, t
+from tunesmith.report.language import recorded, recorded_notes, sentence, t
 from tunesmith.report.pages import Tile, change, duration, heading
 from tunesmith.report.rollout_plots import rollout_plots
 from tunesmith.runs import assessment, figure_format, metrics_file, overfit
@@ -261,7 +261,7 @@ def _sets(run: _Run) -> list[JsonObject]:
             if points:
                 best = run.figure("best_step")
                 last = best if best is not None and best in points else max(points)
-                shown = figure_name(figure_format.label(label))
+                shown = recorded(figure_format.label(label))
                 row |= {
                     t("{figure} before", figure=shown): points.get(0),
                     t("{figure} after", figure=shown): points[last],
@@ -330,7 +330,7 @@ def _small_plots(run: _Run) -> list[Plot]:
     labels = [name.removeprefix("eval_") for name in names if not lower_is_better(name)]
     labels = [label for label in labels if label not in own][:MOST_CURVES]
     only_held_out = [
-        Curve.of_set(figure_name(figure_format.label(label)), held_out(label).points, index)
+        Curve.of_set(recorded(figure_format.label(label)), held_out(label).points, index)
         for index, label in enumerate(labels)
     ]
     rate = partial(plot, form=figure_format.rate, from_zero=True, is_smoothed=False)

@@ -15,7 +15,7 @@ import tunesmith
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
-from tunesmith.report.language import figure_name, recorded, sentence, t
+from tunesmith.report.language import recorded, sentence, t
 from tunesmith.report.pages import Tile, heading, interval
 from tunesmith.runs.figure_format import is_number, label, number
 
@@ -102,7 +102,7 @@ def _assessed_row(name: str, one: JsonObject) -> JsonObject:
     """Return a figure with its interval and its baseline, as a row of the page's table."""
     baseline = one.get("baseline")
     return {
-        "figure": figure_name(label(name)),
+        "figure": recorded(label(name)),
         "value": one.get("value"),
         "95% interval": interval(one) if "low" in one else None,
         "baseline": f"{number(baseline['value'])}, {recorded(baseline['words'])}" if baseline else None,
@@ -239,7 +239,7 @@ class Mistake:
 def mistake_card(mistake: JsonObject) -> Mistake:
     """Return the values of the page's card for one example; ``write`` describes the keys of ``mistake``."""
     values = {name: mistake.get(key) for key, name in _MEASURES.items()}
-    measures = [f"{figure_name(name)} {number(value)}" for name, value in values.items() if is_number(value)]
+    measures = [f"{recorded(name)} {number(value)}" for name, value in values.items() if is_number(value)]
     if is_number(alike := mistake.get("alike")) and alike > 1:
         measures.append(t("and {count} more rows with the same mistake", count=f"{alike - 1:,}"))
     gold, predicted = mistake.get("gold_spans") or [], mistake.get("predicted_spans") or []
