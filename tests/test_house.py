@@ -74,6 +74,7 @@ NAMESAKES = {
     "synth/python/draw.py": "kinds of rows that tunesmith makes",
     "recipe/foreign_values.py": "what other programs call objectives and adaptations",
     "pipeline/answer_comparison.py": "the key of a scored answer",
+    "report/korean_records.py": "the name of a figure",
     "data/read/builtin.py": "the same kinds, as built-in data sets: builtin:classify",
 }
 """Files in which such a name means something else."""
