@@ -116,7 +116,7 @@ def test_a_comparison_has_no_english_sentence(tmp_path, korean):
     page = compare_page.write(tmp_path, result).read_text(encoding="utf-8")
     assert english_in(page) == [] and '<html lang="ko">' in page
     assert (
-        "B 쪽이 A보다 낫습니다: 답변 ROUGE-L 0.25 → 0.4, 차이 0.15 (0.02 ~ 0.28), p = 0.01, 행 60개 (서로 다른 프롬프트 50개)."
+        "B 쪽이 A보다 낫습니다: 답변 ROUGE-L 0.25 → 0.4, 차이 0.15 (0.02 ~ 0.28), p = 0.01, 행 60개 (서로 다른 프롬프트 50개)"
         in page
     )
 

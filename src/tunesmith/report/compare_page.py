@@ -12,7 +12,7 @@ import tunesmith
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
-from tunesmith.report.language import recorded, sentence, t
+from tunesmith.report.language import recorded, t
 from tunesmith.report.pages import Tile, interval
 from tunesmith.report.task_page import Picture, Piece
 from tunesmith.runs.figure_format import count, label, number
@@ -35,7 +35,7 @@ def write(folder: str | Path, result: JsonObject) -> Path:
         version=tunesmith.__version__,
         tiles_shown=_tiles(result),
         notes_shown=[
-            sentence(line) for line in (*(pair["verdict"] for pair in result["pairs"]), *result["cautions"])
+            recorded(line) for line in (*(pair["verdict"] for pair in result["pairs"]), *result["cautions"])
         ],
         systems=_systems(result["systems"]),
         pairs=[

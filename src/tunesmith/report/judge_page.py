@@ -7,14 +7,14 @@ from pathlib import Path
 import tunesmith
 from tunesmith.json_types import JsonObject
 from tunesmith.report import pages
-from tunesmith.report.language import recorded, sentence, t
+from tunesmith.report.language import recorded, t
 from tunesmith.report.pages import Tile
 
 
 def write(folder: str | Path, result: JsonObject) -> Path:
     """Write report.html into ``folder``; return its path. ``result``: as ``judge_run.judge`` returns it."""
     examined = result["examination"]
-    notes = [sentence(one["verdict"]) for one in result["comparisons"]]
+    notes = [recorded(one["verdict"]) for one in result["comparisons"]]
     notes += [
         t("the judge failed its examination: {failure}", failure=recorded(failure))
         for failure in examined["failures"]
