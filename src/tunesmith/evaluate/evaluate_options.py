@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What to read, what to measure, and where to write it. Columns, template and the keys of the objective default
-    to those of the model's training."""
+    """Rows to read, figures to measure, and the folder to write to. Columns, template and the keys of the objective
+    default to those of the model's training."""
 
     objective: str | None = None
     """Decides which tokens are supervised. None = that of training, or ``sft`` for a language model that records none
