@@ -5,7 +5,7 @@
 
 SmolLM2-135M answers prompts of ``$TUNESMITH_SHARED/data/alpaca_en_demo.json`` greedily. tunesmith's time is that of the whole
 evaluation: reading, answering, all figures with their intervals. The loop's time is that of ``generate`` alone, on batches in the order
-of the file, padded on the left; each size of ``--batches`` is tried on the first rows with a quarter of the tokens, and the best one
+of the file, padded on the left; each size of ``--batches`` is tried on the first rows with an eighth of the tokens, and the best one
 counts. The loop ends after the batch in which ``--loop-minutes`` are over. Each figure is the best of ``--repeats``. Both sides print their
 progress. All figures are computed again from the saved answers, with sacrebleu, rouge-score and a few lines of Python; ``recomputed`` has both
 values of each, and the script fails if they differ.
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tried", type=int, default=64, help="rows on which the sizes of batches are tried")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--loop-minutes", type=float, default=4.0, help="the loop answers no further batch after this time")
+    parser.add_argument("--loop-minutes", type=float, default=3.0, help="the loop answers no further batch after this time")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
     dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     stock = AutoModelForCausalLM.from_pretrained(locate(options.model).network, dtype=dtype).eval()
     asked = asked_prompts(options.data, options.rows)
     prompts = [decode.prompt_ids(one.prompt, loaded[1], None, False) for one in asked]
-    few, first = max(1, options.max_new_tokens // 4), prompts[: options.tried]
+    few, first = max(1, options.max_new_tokens // 8), prompts[: options.tried]
     tried = {size: loop(stock, loaded[1], first, size, few)[0] for size in options.batches}
     best = min(tried, key=lambda size: tried[size])
     ours, theirs = [], []
