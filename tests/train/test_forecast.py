@@ -22,6 +22,7 @@ from tunesmith.objectives import sft
 from tunesmith.runs import metrics_file
 from tunesmith.train import forecast, loop, memory_budget
 from tunesmith.train.session import RunSession
+from tunesmith.train.train_config import TrainConfig
 
 LOSS = lm_head.lm_loss
 SUMS = {"optim_args": {"eps": 1e-3}, "learning_rate": 1e-3}
@@ -79,7 +80,7 @@ def test_a_memory_limit_is_reported_and_kept_for_later_steps(tmp_path, monkeypat
     tried = small_machine(monkeypatch, 60, first_steps=heaviest)
     tunesmith.train(made, out=tmp_path / "run")
     said = [record for record in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "memory"]
-    assert said and said[0]["before"] == 2048 and said[-1]["micro_batch_tokens"] < 100
+    assert said and said[0]["before"] == memory_budget.DEFAULT["cpu"] and said[-1]["micro_batch_tokens"] < 100
     limit = said[-1]["micro_batch_tokens"]
     after = tried[max(place for place, tokens in enumerate(tried) if tokens > limit) + 1 :]
     assert after, "later steps are cut to what fits from the start"
@@ -205,6 +206,14 @@ def test_auto_trains_the_same_model_and_the_budget_is_recorded(tmp_path):
     got = weights(tunesmith.train(made, out=tmp_path / "auto")["model_dir"])
     assert apart(got, expected) < 1e-6
     assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["micro_batch_tokens"] == memory_budget.LARGEST["cpu"]
+
+
+@pytest.mark.parametrize(("device", "default", "auto"), [("cpu", 1024, 1024), ("cuda", 2048, 16384), ("mps", 1024, 1024)])
+def test_the_budget_of_a_recipe_without_one_depends_on_the_device(device, default, auto):
+    budgets = [
+        memory_budget.first_budget(TrainConfig(micro_batch_tokens=wanted), torch.device(device)) for wanted in (None, "auto", 77)
+    ]
+    assert budgets == [default, auto, 77]
 
 
 def test_processes_agree_on_one_budget(tmp_path, monkeypatch):

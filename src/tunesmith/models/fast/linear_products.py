@@ -16,52 +16,75 @@ from tunesmith.models.fast.self_check import Forward
 from tunesmith.models.load import dequantized_linear
 from tunesmith.models.network import attribute, has_attributes
 
+Block = tuple[slice, slice]
+"""The columns of y that a LoRA adds to, and its columns of x A^T."""
+Kept = tuple[list[int], Sequence[Block]]
+"""Rows of each weight in the stack, and the block of each LoRA."""
+
 
 class Projection(torch.autograd.Function):
     """y = x W^T + b + (x A^T) B^T: x (tokens, in), W (out, in), A (r, in), B (out, r) with the LoRA scaling.
 
-    Hu et al. 2021, equation 3. ``weights`` are the parameters whose rows, stacked, are W.
+    Hu et al. 2021, equation 3. B is zero outside ``blocks``: ``others`` are the B of each LoRA, (out_i, r_i),
+    then the parameters whose rows, stacked, are W.
     """
 
     @staticmethod
     def forward(
-        ctx: Context[tuple[int, list[int]]],
+        ctx: Context[Kept],
         x: Tensor,
         stacked: Tensor,
         bias: Tensor | None,
         a: Tensor | None,
-        b: Tensor | None,
-        *weights: Tensor,
+        blocks: Sequence[Block],
+        *others: Tensor,
     ) -> Tensor:
-        ctx.kept = x.shape[1], [weight.shape[0] for weight in weights]
-        if a is not None and b is not None:
+        ups, weights = others[: len(blocks)], others[len(blocks) :]
+        ctx.kept = [weight.shape[0] for weight in weights], blocks
+        low = None if a is None else x @ a.t()
+        if low is not None and x.dtype.itemsize < 4:
             # one product over (x, x A^T): added to a y rounded to bf16, most of a small update would be lost
-            x, stacked_b = torch.cat([x, x @ a.t()], dim=1), torch.cat([stacked, b], dim=1)
-            y = nn.functional.linear(x, stacked_b, bias)
+            both = torch.cat([stacked, block_matrix(blocks, ups, stacked.shape[0])], dim=1)
+            y = nn.functional.linear(torch.cat([x, low], dim=1), both, bias)
         else:
             y = nn.functional.linear(x, stacked, bias)
+            for (columns, part), up in zip(blocks, ups, strict=True):
+                y[:, columns].addmm_(cast(Tensor, low)[:, part], up.t())
         keep_x = a is not None or any(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(x if keep_x else None, stacked, a, b)
+        ctx.save_for_backward(x if keep_x else None, stacked, a, low, *ups)
         return y
 
     @staticmethod
-    def backward(ctx: Context[tuple[int, list[int]]], grad: Tensor) -> Gradients:
-        x, stacked, a, b = ctx.saved_tensors
-        width, rows = ctx.kept
-        if x is not None:
-            x, low = x[:, :width], x[:, width:]
+    def backward(ctx: Context[Kept], grad: Tensor) -> Gradients:
+        x, stacked, a, low, *ups = ctx.saved_tensors
+        rows, blocks = ctx.kept
         need_x, _, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad @ stacked if need_x else None
-        grad_a = grad_b = None
+        grad_a, grad_ups = None, []
         if a is not None:
-            grad_low = grad @ b
-            grad_a, grad_b = grad_low.t() @ x, grad.t() @ low
+            pairs = list(zip(blocks, ups, strict=True))
+            grad_lows = [grad[:, columns] @ up for (columns, _), up in pairs]
+            grad_low = grad_lows[0] if len(pairs) == 1 else torch.cat(grad_lows, dim=1)
+            grad_a = grad_low.t() @ x
+            # r rows times many columns: MKL takes six times as long for many rows times r columns
+            tall = low.t().contiguous()
+            grad_ups = [(tall[part] @ grad[:, columns]).t() for (columns, part), _ in pairs]
             if grad_x is not None:
                 grad_x.addmm_(grad_low, a)
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[5 + len(blocks) :]
         parts = (grad.t() @ x).split(rows) if any(needed) else (None,) * len(rows)
         grad_weights = [part if need else None for part, need in zip(parts, needed, strict=True)]
-        return grad_x, None, _sum_of_rows(grad) if need_bias else None, grad_a, grad_b, *grad_weights
+        return grad_x, None, _sum_of_rows(grad) if need_bias else None, grad_a, None, *grad_ups, *grad_weights
+
+
+def block_matrix(blocks: Sequence[Block], ups: Sequence[Tensor], out: int) -> Tensor:
+    """Return B (out, sum of r): each of ``ups`` in its block, zeros elsewhere."""
+    if len(ups) == 1 and ups[0].shape[0] == out:
+        return ups[0]
+    whole = ups[0].new_zeros(out, sum(up.shape[1] for up in ups))
+    for block, up in zip(blocks, ups, strict=True):
+        whole[block] = up
+    return whole
 
 
 def _sum_of_rows(grad: Tensor) -> Tensor:
@@ -88,11 +111,11 @@ class StackedLinears:
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in) -> (tokens, sum of out)."""
         x = self.scales.before(x)
-        a = b = None
-        downs = [lora.down() for lora in self.loras if lora is not None]
+        a, downs = None, [lora.down() for lora in self.loras if lora is not None]
         if downs:
             a = downs[0] if len(downs) == 1 else torch.cat(downs)
-            b = self._block_b()
+        ups = [lora.up() for lora in self.loras if lora is not None]
+        blocks = self._blocks(ups)
         bias = None
         if any(base.bias is not None for base in self.bases):
             biases = (
@@ -101,20 +124,25 @@ class StackedLinears:
             bias = torch.cat(list(biases))
         y: Tensor
         if self.stacked is None:
+            b = block_matrix(blocks, ups, sum(base.out_features for base in self.bases)) if ups else None
             y = dequantized_linear.Product.apply(x, self.bases, bias, a, b)
         else:
-            y = Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
+            weights = [base.weight for base in self.bases]
+            y = Projection.apply(x, self.stacked, bias, a, blocks, *ups, *weights)
         return self.scales.after(y, [base.out_features for base in self.bases])
 
-    def _block_b(self) -> Tensor:
-        """(sum of out, sum of r): each layer's B, times its scaling, at its own rows and columns."""
-        if len(self.bases) == 1 and self.loras[0] is not None:
-            return self.loras[0].up()
-        pairs = zip(self.bases, self.loras, strict=True)
-        blocks = [
-            base.weight.new_zeros(base.out_features, 0) if lora is None else lora.up() for base, lora in pairs
-        ]
-        return torch.block_diag(*blocks)
+    def _blocks(self, ups: Sequence[Tensor]) -> list[Block]:
+        """Return the block of each LoRA, whose B (with its scaling) is in ``ups``."""
+        blocks: list[Block] = []
+        row = column = 0
+        remaining = iter(ups)
+        for base, lora in zip(self.bases, self.loras, strict=True):
+            if lora is not None:
+                rank = next(remaining).shape[1]
+                blocks.append((slice(row, row + base.out_features), slice(column, column + rank)))
+                column += rank
+            row += base.out_features
+        return blocks
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(..., in) -> (..., sum of out); further arguments of a layer's forward change nothing."""

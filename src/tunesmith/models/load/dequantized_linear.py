@@ -67,7 +67,8 @@ class Product(torch.autograd.Function):
         grad_a = grad_b = None
         if a is not None:
             grad_low = grad @ b
-            grad_a, grad_b = grad_low.t() @ x[:, : ctx.width], grad.t() @ x[:, ctx.width :]
+            low = x[:, ctx.width :].t().contiguous()
+            grad_a, grad_b = grad_low.t() @ x[:, : ctx.width], (low @ grad).t()  # as in Projection
             if grad_x is not None:
                 grad_x.addmm_(grad_low, a)
         return grad_x, None, grad.sum(0) if ctx.needs_input_grad[2] else None, grad_a, grad_b
