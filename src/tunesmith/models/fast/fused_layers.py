@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tunesmith.models.adapters import adapter_types
 from tunesmith.models.adapters.virtual_tokens import PrefixCache
@@ -131,8 +133,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context[None], x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
-        kernels.call("rms_norm", x.dtype, x, weight, y, inverse, epsilon, x.shape[0], x.shape[1])
+        y, inverse = rms_norm(x, weight, epsilon)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
@@ -147,6 +148,17 @@ class RMSNorm(torch.autograd.Function):
         return dx, dw, None
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return y (tokens, width) and 1 / rms (tokens,)."""
+    y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
+    kernels.call("rms_norm", x.dtype, x, weight, y, inverse, epsilon, x.shape[0], x.shape[1])
+    return y, inverse
+
+
+_origins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Output of an RMSNorm -> its :class:`linear_products.Origin`, for the linear layers that read it."""
+
+
 def _norm(module: nn.Module) -> Forward | None:
     epsilon, weight = attribute(module, "variance_epsilon", "eps"), attribute(module, "weight")
     if not type(module).__name__.endswith("RMSNorm"):
@@ -157,7 +169,12 @@ def _norm(module: nn.Module) -> Forward | None:
     def forward(x: Tensor) -> Tensor:
         if x.dtype != weight.dtype:
             return type(module).forward(module, x)
-        return RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, epsilon).view(x.shape)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y: Tensor = RMSNorm.apply(rows, weight, epsilon).view(x.shape)
+        if torch.is_grad_enabled():
+            remake = partial(rms_norm, weight=weight.detach(), epsilon=epsilon)
+            _origins[y] = linear_products.Origin(rows.detach(), lambda x: remake(x)[0])
+        return y
 
     return forward
 
@@ -170,11 +187,8 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context[None], both: Tensor) -> Tensor:
-        tokens, width = both.shape[0], both.shape[1] // 2
-        y = both.new_empty(tokens, width)
-        kernels.call("swiglu", both.dtype, both, both[:, width:], y, tokens, width, 2 * width)
         ctx.save_for_backward(both)
-        return y
+        return swiglu(both)
 
     @staticmethod
     def backward(ctx: Context[None], grad: Tensor) -> Tensor:
@@ -184,6 +198,13 @@ class SwiGLU(torch.autograd.Function):
         tensors = (both, both[:, width:], grad.contiguous(), out, out[:, width:])
         kernels.call("swiglu_backward", both.dtype, *tensors, tokens, width, 2 * width)
         return out
+
+
+def swiglu(both: Tensor) -> Tensor:
+    tokens, width = both.shape[0], both.shape[1] // 2
+    y = both.new_empty(tokens, width)
+    kernels.call("swiglu", both.dtype, both, both[:, width:], y, tokens, width, 2 * width)
+    return y
 
 
 def _mlp(module: nn.Module) -> Forward | None:
@@ -197,7 +218,10 @@ def _mlp(module: nn.Module) -> Forward | None:
         return None
 
     def forward(x: Tensor) -> Tensor:
-        return down(SwiGLU.apply(both(x.reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1))
+        gate_up = both(x.reshape(-1, x.shape[-1]), _origins.get(x))
+        # gate_up is kept for the gradient of SwiGLU, whose output would take half as much memory again
+        origin = linear_products.Origin(gate_up.detach(), swiglu)
+        return down(SwiGLU.apply(gate_up).view(*x.shape[:-1], -1), origin=origin)
 
     return forward
 
@@ -241,7 +265,17 @@ def _attention(module: nn.Module) -> Forward | None:
             return type(module).forward(module, hidden_states, **kwargs)
         x = hidden_states[0]
         cosine, sine = (table[0].to(x.dtype).contiguous() for table in position_embeddings)
-        mixed = rotary_attention(qkv(x), cosine, sine, heads, kv_heads, segments, scale, prefix, behind)
+        mixed = rotary_attention(
+            qkv(x, _origins.get(hidden_states)),
+            cosine,
+            sine,
+            heads,
+            kv_heads,
+            segments,
+            scale,
+            prefix,
+            behind,
+        )
         return out(mixed).unsqueeze(0), None
 
     return forward

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,24 @@ from tunesmith.models.network import attribute, has_attributes
 
 Block = tuple[slice, slice]
 """The columns of y that a LoRA adds to, and its columns of x A^T."""
-Kept = tuple[list[int], Sequence[Block]]
-"""Rows of each weight in the stack, and the block of each LoRA."""
+
+
+class Origin(NamedTuple):
+    """A tensor that the backward pass keeps anyway, and the function that makes the input x from it again."""
+
+    tensor: Tensor
+    remake: Callable[[Tensor], Tensor]
+
+
+Kept = tuple[list[int], Sequence[Block], Callable[[Tensor], Tensor] | None]
+"""Rows of each weight in the stack, the block of each LoRA, and how x is made again from what is saved for it."""
 
 
 class Projection(torch.autograd.Function):
     """y = x W^T + b + (x A^T) B^T: x (tokens, in), W (out, in), A (r, in), B (out, r) with the LoRA scaling.
 
     Hu et al. 2021, equation 3. B is zero outside ``blocks``: ``others`` are the B of each LoRA, (out_i, r_i),
-    then the parameters whose rows, stacked, are W.
+    then the parameters whose rows, stacked, are W. With an ``origin`` x is not kept for the backward pass.
     """
 
     @staticmethod
@@ -37,10 +46,11 @@ class Projection(torch.autograd.Function):
         bias: Tensor | None,
         a: Tensor | None,
         blocks: Sequence[Block],
+        origin: Origin | None,
         *others: Tensor,
     ) -> Tensor:
         ups, weights = others[: len(blocks)], others[len(blocks) :]
-        ctx.kept = [weight.shape[0] for weight in weights], blocks
+        ctx.kept = [weight.shape[0] for weight in weights], blocks, origin and origin.remake
         low = None if a is None else x @ a.t()
         if low is not None and x.dtype.itemsize < 4:
             # one product over (x, x A^T): added to a y rounded to bf16, most of a small update would be lost
@@ -50,14 +60,17 @@ class Projection(torch.autograd.Function):
             y = nn.functional.linear(x, stacked, bias)
             for (columns, part), up in zip(blocks, ups, strict=True):
                 y[:, columns].addmm_(cast(Tensor, low)[:, part], up.t())
-        keep_x = a is not None or any(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(x if keep_x else None, stacked, a, low, *ups)
+        read_x = a is not None or any(ctx.needs_input_grad[6:])
+        kept = origin.tensor if origin else x
+        ctx.save_for_backward(kept if read_x else None, stacked, a, low, *ups)
         return y
 
     @staticmethod
     def backward(ctx: Context[Kept], grad: Tensor) -> Gradients:
         x, stacked, a, low, *ups = ctx.saved_tensors
-        rows, blocks = ctx.kept
+        rows, blocks, remake = ctx.kept
+        if x is not None and remake is not None:
+            x = remake(x)
         need_x, _, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad @ stacked if need_x else None
         grad_a, grad_ups = None, []
@@ -71,10 +84,11 @@ class Projection(torch.autograd.Function):
             grad_ups = [(tall[part] @ grad[:, columns]).t() for (columns, part), _ in pairs]
             if grad_x is not None:
                 grad_x.addmm_(grad_low, a)
-        needed = ctx.needs_input_grad[5 + len(blocks) :]
+        needed = ctx.needs_input_grad[6 + len(blocks) :]
         parts = (grad.t() @ x).split(rows) if any(needed) else (None,) * len(rows)
         grad_weights = [part if need else None for part, need in zip(parts, needed, strict=True)]
-        return grad_x, None, _sum_of_rows(grad) if need_bias else None, grad_a, None, *grad_ups, *grad_weights
+        grad_bias = _sum_of_rows(grad) if need_bias else None
+        return grad_x, None, grad_bias, grad_a, None, None, *grad_ups, *grad_weights
 
 
 def block_matrix(blocks: Sequence[Block], ups: Sequence[Tensor], out: int) -> Tensor:
@@ -108,9 +122,10 @@ class StackedLinears:
     stacked: Tensor | None
     scales: ia3_layers.Scales
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(tokens, in) -> (tokens, sum of out)."""
-        x = self.scales.before(x)
+    def __call__(self, x: Tensor, origin: Origin | None = None) -> Tensor:
+        """(tokens, in) -> (tokens, sum of out). With an ``origin`` of x, the backward pass makes x again."""
+        scaled = self.scales.before(x)
+        origin, x = origin if scaled is x else None, scaled
         a, downs = None, [lora.down() for lora in self.loras if lora is not None]
         if downs:
             a = downs[0] if len(downs) == 1 else torch.cat(downs)
@@ -128,7 +143,7 @@ class StackedLinears:
             y = dequantized_linear.Product.apply(x, self.bases, bias, a, b)
         else:
             weights = [base.weight for base in self.bases]
-            y = Projection.apply(x, self.stacked, bias, a, blocks, *ups, *weights)
+            y = Projection.apply(x, self.stacked, bias, a, blocks, origin, *ups, *weights)
         return self.scales.after(y, [base.out_features for base in self.bases])
 
     def _blocks(self, ups: Sequence[Tensor]) -> list[Block]:
@@ -144,10 +159,10 @@ class StackedLinears:
             row += base.out_features
         return blocks
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, x: Tensor, *args: object, origin: Origin | None = None, **kwargs: object) -> Tensor:
         """(..., in) -> (..., sum of out); further arguments of a layer's forward change nothing."""
         dtype = attribute(self.bases[0], "compute_dtype") if self.stacked is None else self.stacked.dtype
-        return self(x.reshape(-1, x.shape[-1]).to(dtype)).view(*x.shape[:-1], -1)
+        return self(x.reshape(-1, x.shape[-1]).to(dtype), origin).view(*x.shape[:-1], -1)
 
 
 def is_lora(module: nn.Module) -> bool:
