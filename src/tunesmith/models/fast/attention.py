@@ -27,8 +27,12 @@ from tunesmith.models.fast.segments import Family, Run, families, most_keys
 from tunesmith.models.network import attribute
 
 NAME = "tunesmith_segments"
-ROWS = 256
-"""Queries whose attention weights exist at the same time."""
+ROWS = {torch.float32: 64, torch.bfloat16: 256}
+"""Queries whose attention weights exist at the same time.
+
+Fewer of them multiply fewer keys that their mask hides, by smaller products. Forward and backward of 220
+tokens on a core with AVX2 take 4.5 ms by 64 and 6.8 ms by 256 in fp32; in bf16 4.0 and 3.3 ms.
+"""
 HARMLESS = {
     "position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal",
     "past_key_values", "read", "output_router_logits", "deterministic", "token_type_ids",
@@ -193,16 +197,16 @@ def forward_segments(q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...
     for family in grouped:
         for run in family.runs:
             k_run, v_run = family.keys(k, run), family.keys(v, run)
-            for here, seen in _blocks(run):
+            for here, seen in _blocks(run, q.dtype):
                 p = _weights(q, k_run[:, :seen], here, scale)
                 out[here] = torch.bmm(p, v_run[:, :seen]).view(heads, -1, dim).transpose(0, 1)
     return out
 
 
-def _blocks(run: Run) -> Iterator[tuple[slice, int]]:
+def _blocks(run: Run, dtype: torch.dtype) -> Iterator[tuple[slice, int]]:
     """Yield blocks of ``ROWS`` queries of a run, each with the number of keys that its last query sees."""
-    for first in range(0, run.length, ROWS):
-        last = min(first + ROWS, run.length)
+    for first in range(0, run.length, ROWS[dtype]):
+        last = min(first + ROWS[dtype], run.length)
         yield slice(run.start + first, run.start + last), run.ahead + last
 
 
@@ -236,11 +240,11 @@ def backward_segments(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for family in grouped:
         whole = slice(family.start, family.start + family.length)
-        several = len(family.runs) > 1 or family.length > ROWS
+        several = len(family.runs) > 1 or family.length > ROWS[q.dtype]
         sums = [torch.zeros(kv_heads, family.length, dim, dtype=torch.float32) for _ in range(2 * several)]
         for run in family.runs:
             own, k_run, v_run = run.start - family.start, family.keys(k, run), family.keys(v, run)
-            for here, seen in _blocks(run):
+            for here, seen in _blocks(run, q.dtype):
                 rows, k_seen = here.stop - here.start, k_run[:, :seen]
                 grad_rows = _stacked(grad[here].transpose(0, 1), kv_heads)
                 p = _weights(q, k_seen, here, scale)

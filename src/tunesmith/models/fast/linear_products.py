@@ -51,15 +51,16 @@ class Projection(torch.autograd.Function):
     ) -> Tensor:
         ups, weights = others[: len(blocks)], others[len(blocks) :]
         ctx.kept = [weight.shape[0] for weight in weights], blocks, origin and origin.remake
-        low = None if a is None else x @ a.t()
+        # A x^T, (r, tokens): MKL takes up to six times as long for tall and narrow results as for flat ones
+        low = None if a is None else a @ x.t()
         if low is not None and x.dtype.itemsize < 4:
             # one product over (x, x A^T): added to a y rounded to bf16, most of a small update would be lost
             both = torch.cat([stacked, block_matrix(blocks, ups, stacked.shape[0])], dim=1)
-            y = nn.functional.linear(torch.cat([x, low], dim=1), both, bias)
+            y = nn.functional.linear(torch.cat([x, low.t()], dim=1), both, bias)
         else:
             y = nn.functional.linear(x, stacked, bias)
             for (columns, part), up in zip(blocks, ups, strict=True):
-                y[:, columns].addmm_(cast(Tensor, low)[:, part], up.t())
+                y[:, columns].addmm_(cast(Tensor, low)[part].t(), up.t())
         read_x = a is not None or any(ctx.needs_input_grad[6:])
         kept = origin.tensor if origin else x
         ctx.save_for_backward(kept if read_x else None, stacked, a, low, *ups)
@@ -73,20 +74,21 @@ class Projection(torch.autograd.Function):
             x = remake(x)
         need_x, _, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad @ stacked if need_x else None
-        grad_a, grad_ups = None, []
+        grad_a: Tensor | None = None
+        grad_ups: list[Tensor] = []
         if a is not None:
-            pairs = list(zip(blocks, ups, strict=True))
-            grad_lows = [grad[:, columns] @ up for (columns, _), up in pairs]
-            grad_low = grad_lows[0] if len(pairs) == 1 else torch.cat(grad_lows, dim=1)
-            grad_a = grad_low.t() @ x
-            # r rows times many columns: MKL takes six times as long for many rows times r columns
-            tall = low.t().contiguous()
-            grad_ups = [(tall[part] @ grad[:, columns]).t() for (columns, part), _ in pairs]
+            parts = [
+                (grad[:, columns], low[part], up) for (columns, part), up in zip(blocks, ups, strict=True)
+            ]
+            grad_ups = [(low_part @ grad_part).t() for grad_part, low_part, _ in parts]
+            grad_lows = [up.t() @ grad_part.t() for grad_part, _, up in parts]
+            grad_low = grad_lows[0] if len(parts) == 1 else torch.cat(grad_lows)
+            grad_a = grad_low @ x
             if grad_x is not None:
-                grad_x.addmm_(grad_low, a)
+                grad_x.addmm_(grad_low.t(), a)
         needed = ctx.needs_input_grad[6 + len(blocks) :]
-        parts = (grad.t() @ x).split(rows) if any(needed) else (None,) * len(rows)
-        grad_weights = [part if need else None for part, need in zip(parts, needed, strict=True)]
+        of_rows = (grad.t() @ x).split(rows) if any(needed) else (None,) * len(rows)
+        grad_weights = [one if need else None for one, need in zip(of_rows, needed, strict=True)]
         grad_bias = _sum_of_rows(grad) if need_bias else None
         return grad_x, None, grad_bias, grad_a, None, None, *grad_ups, *grad_weights
 
