@@ -14,7 +14,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 def attention_layers(dtype, **keys):
     """The attention of a tiny model with a LoRA on some of its layers, all of whose weights are random."""
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=6, rank_pattern={"q_proj": 3}, **keys)
+    config = LoraConfig(r=4, lora_alpha=6, rank_pattern={"v_proj": 3}, **keys)
     model = get_peft_model(tiny_model("llama"), config, autocast_adapter_dtype=False).to(dtype)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
