@@ -11,7 +11,7 @@ Nothing is sent unless a user names an address. The key comes from an environmen
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.metadata
 import os
 import threading
 import time
@@ -61,6 +61,10 @@ class Sampled:
     logprobs: list[float]
     top: list[list[tuple[int, float]]]
     finish: str | None
+
+
+NOTHING = Sampled([], [], [], None)
+"""The result for an answer that may have no token: vLLM is not asked."""
 
 
 class Vllm:
@@ -140,7 +144,6 @@ class AtAddress(Vllm):
         self.address, self.most = address.rstrip("/") + path, most or MAX_RUNNING
         key = os.environ.get(KEY_VARIABLE, "")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.send = http_json.sender(TIMEOUT)
         listed = self._ask("models", None).get("data") or []
         models = {str(one.get("id")): one for one in listed if isinstance(one, dict)}
         if served is None and len(models) == 1:
@@ -162,7 +165,7 @@ class AtAddress(Vllm):
 
     def _complete(self, row: Row) -> Sampled:
         if row.reason:
-            return Sampled([], [], [], None)
+            return NOTHING
         body = {
             "model": self.served, "prompt": list(row.request.ids), **settings(row.request, row.limit, self.stop),
             "return_token_ids": True, "return_tokens_as_token_ids": True,
@@ -179,7 +182,8 @@ class AtAddress(Vllm):
 
     def _ask(self, what: str, body: JsonObject | None) -> JsonObject:
         try:
-            return http_json.ask(f"{self.address}/{what}", body, self.headers, self.send)
+            send = http_json.sender() if body is None else http_json.sender(TIMEOUT)
+            return http_json.ask(f"{self.address}/{what}", body, self.headers, send)
         except NoReply as error:
             advice = "Answers so far are kept; type the same command to continue."
             if error.status in (401, 403):
@@ -199,14 +203,15 @@ class InProcess(Vllm):
         most: int | None,
     ) -> None:
         try:
+            version = importlib.metadata.version("vllm")
             vllm: Any = importlib.import_module("vllm")
         except ModuleNotFoundError:
             raise MissingExtra("vllm", "vllm", f"--engine {HERE}") from None
-        identity = {"engine": "vllm", "version": str(vllm.__version__), "dtype": DTYPES[precision]}
+        identity = {"engine": "vllm", "version": version, "dtype": DTYPES[precision]}
         super().__init__(network, tokenizer, identity)
         self.params = vllm.SamplingParams
         limits = {"max_num_seqs": most} if most else {}
-        self.llm = vllm.LLM(model=path, tokenizer=path, dtype=DTYPES[precision], max_model_len=None, **limits)
+        self.llm = vllm.LLM(model=path, dtype=DTYPES[precision], **limits)
 
     def _sampled(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Sampled]]:
         listed = list(rows)
@@ -215,10 +220,7 @@ class InProcess(Vllm):
         rules = [self.params(**settings(row.request, row.limit, self.stop)) for row in asked]
         outputs = iter(self.llm.generate(prompts, rules, use_tqdm=False) if asked else ())
         for row in listed:
-            yield (
-                row,
-                Sampled([], [], [], None) if row.reason else _read_output(next(outputs).outputs[0], row),
-            )
+            yield row, NOTHING if row.reason else _read_output(next(outputs).outputs[0], row)
 
 
 def open_vllm(
