@@ -13,7 +13,8 @@ one counts. A run of one new token is prefill; decoding is a run of 49 tokens le
 ``--rows``: rows at once. ``--samples``: 8 answers to one prompt of 400 tokens, in one engine with a shared prefill and as 8 prompts of their own.
 ``--sampling``: decoding of 64 rows by sampling rule. ``--prefill``: prompts of 512 tokens, next to the matrix products alone. ``--first-token``: of a
 prompt of 2,000 tokens. ``--queue``: prompts with 8 to 400 new tokens in 32 slots, next to transformers' batches of 32 in the order of length, which
-no one can know before. ``--memory``: peak of a process that loads the model and answers 64 prompts. ``--peer``: another engine of
+no one can know before. ``--memory``: peak of a process that loads the model and answers 64 prompts, with
+int8 weights, too. ``--int8``: decoding with int8 weights, too. ``--peer``: another engine of
 ``rollout_peers.py``, the Python of its environment, and its model; it is skipped where that fails.
 """
 
@@ -39,6 +40,7 @@ from transformers import AutoModelForCausalLM
 import tunesmith
 from tunesmith import machine
 from tunesmith.models.find.locate import locate
+from tunesmith.models.generate.decode_step import DecodeWeights
 from tunesmith.models.generate.engine import Engine
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.generate.sampling import SamplingParams
@@ -51,7 +53,8 @@ TOKENS = 48
 class Pair:
     """The model by the engine and by transformers."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, int8: bool = False) -> None:
+        self.int8 = int8
         self.rates = {"matmul_flops": rates.matmul_flops(dtype), "read_bytes_per_second": rates.read_bandwidth()}
         self.model, self.tokenizer = tunesmith.load("smollm2-135m", dtype=dtype)
         cast_and_move(self.model, "fp32" if dtype is torch.float32 else "bf16", torch.device("cpu"))
@@ -62,9 +65,9 @@ class Pair:
         turns = [[{"role": "user", "content": f"{row['instruction']}\n{row['input']}"}] for row in rows]
         return [self.tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in turns]
 
-    def engine(self, requests: Sequence[Request], slots: int) -> tuple[float, float]:
+    def engine(self, requests: Sequence[Request], slots: int, weights: DecodeWeights = "stored") -> tuple[float, float]:
         """Return seconds of prefill and of decoding in a new engine."""
-        engine = Engine(self.model, self.tokenizer, slots)
+        engine = Engine(self.model, self.tokenizer, slots, decode_weights=weights)
         for _ in engine.run(requests[:1]):  # the check of the fast paths
             pass
         for held in engine.slots.held:  # nothing of the prompt is reused
@@ -72,7 +75,8 @@ class Pair:
         engine.timing.prefill_seconds = engine.timing.decode_seconds = 0.0
         for _ in engine.run(requests):
             pass
-        self.bytes_per_weight = 2 if engine.slots._pass.packed_step.panels else self.model.dtype.itemsize
+        copies = 1 if weights == "int8" else 2
+        self.bytes_per_weight = copies if engine.slots._pass.packed_step.panels else self.model.dtype.itemsize
         return engine.timing.prefill_seconds, engine.timing.decode_seconds
 
     def shares(self, rows: int, seconds: float) -> dict[str, float]:
@@ -112,15 +116,16 @@ def requests(prompts: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[Re
 def rows_at_once(pair: Pair, rows: int, repeats: int) -> dict[str, Any]:
     prompts = pair.prompts(rows)
     wanted = requests(prompts, [TOKENS] * rows)
-    ours: list[tuple[float, float]] = []
+    ours: dict[DecodeWeights, list[tuple[float, float]]] = {"int8": [], "stored": []} if pair.int8 else {"stored": []}
     theirs: dict[str, list[tuple[float, float]]] = {"dynamic": [], "static": []}
     for _ in range(repeats):
-        ours.append(pair.engine(wanted, rows))
+        for weights, measured in ours.items():
+            measured.append(pair.engine(wanted, rows, weights))
         for cache, found in theirs.items():
             first = pair.transformers(prompts, 1, cache)
             found.append((first, pair.transformers(prompts, TOKENS + 1, cache) - first))
     best = {cache: [min(column) for column in zip(*found, strict=True)] for cache, found in theirs.items()}
-    prefill, decode = (min(column) for column in zip(*ours, strict=True))
+    prefill, decode = (min(column) for column in zip(*ours["stored"], strict=True))
     decoded = min(seconds for _, seconds in best.values())
     return {
         "rows": rows,
@@ -131,6 +136,7 @@ def rows_at_once(pair: Pair, rows: int, repeats: int) -> dict[str, Any]:
         "prefill_tokens_per_second": round(sum(map(len, prompts)) / prefill, 1),
         "prefill_ratio": round(min(first for first, _ in best.values()) / prefill, 2),
         **pair.shares(rows, decode / (TOKENS - 1)),
+        **({"int8_decode_tokens_per_second": round(rows * (TOKENS - 1) / min(t for _, t in ours["int8"]), 1)} if pair.int8 else {}),
     }
 
 
@@ -268,12 +274,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--queue", type=int, nargs="?", const=256, help="prompts of the queue; 256 take minutes")
-    for flag in ("samples", "sampling", "prefill", "first-token", "memory"):
+    for flag in ("samples", "sampling", "prefill", "first-token", "memory", "int8"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--peer", nargs=3, action="append", default=[], metavar=("NAME", "PYTHON", "MODEL"))
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
-    pair = Pair(torch.float32 if options.precision == "fp32" else torch.bfloat16)
+    pair = Pair(torch.float32 if options.precision == "fp32" else torch.bfloat16, options.int8)
     result: dict[str, Any] = {"precision": options.precision, "machine": machine.describe(), "rates": pair.rates}
 
     def add(name: str, found: Any) -> None:
@@ -289,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add("queue", queue(pair, options.queue))
     folder, rows = str(locate("smollm2-135m").network), options.rows or [1, 8, 64]
     if options.memory:
-        engines = ("tunesmith", "transformers")
+        engines = ("tunesmith", "tunesmith int8", "transformers")
         add("memory", {name: in_its_own_process(pair, name, sys.executable, folder, [64], 1) for name in engines})
     for name, python, model in options.peer:
         add(name, in_its_own_process(pair, name, python, model, rows, options.repeats))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """One engine on the prompts of ``rollout.py``, in a process and an environment of its own. ``rollout.py`` starts it.
 
-    python benchmarks/rollout_peers.py tunesmith|transformers|llama.cpp|openvino < job.json
+    python benchmarks/rollout_peers.py tunesmith|"tunesmith int8"|transformers|llama.cpp|openvino < job.json
 
 The job has ``model`` (a folder, or a GGUF file), ``dtype``, ``tokens``, ``repeats``, and ``cases``: lists of prompts as token ids. Each case is
 continued greedily by ``tokens`` tokens, none stopping sooner. The result, printed as JSON, has seconds of prefill and of decoding for each case
@@ -22,7 +22,7 @@ Continue = Callable[[Rows, int], None]
 """Continue all prompts at once by this many tokens."""
 
 
-def tunesmith(job: dict[str, Any]) -> tuple[Continue, str]:
+def tunesmith(job: dict[str, Any], weights: str = "stored") -> tuple[Continue, str]:
     import torch
 
     import tunesmith as package
@@ -33,7 +33,7 @@ def tunesmith(job: dict[str, Any]) -> tuple[Continue, str]:
 
     model, tokenizer = package.load(job["model"])
     cast_and_move(model, {"bfloat16": "bf16", "float32": "fp32"}[job["dtype"]], torch.device("cpu"))
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, decode_weights=weights)
 
     def run(prompts: Rows, tokens: int) -> None:
         engine.slots.forget()
@@ -45,8 +45,9 @@ def tunesmith(job: dict[str, Any]) -> tuple[Continue, str]:
 
 def transformers(job: dict[str, Any]) -> tuple[Continue, str]:
     import torch
-    from transformers import AutoModelForCausalLM, __version__
+    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])  # answers are texts: its memory counts
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
 
     def run(prompts: Rows, tokens: int) -> None:
@@ -55,7 +56,8 @@ def transformers(job: dict[str, Any]) -> tuple[Continue, str]:
         ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
         exactly = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        model.generate(input_ids=ids, attention_mask=mask, **exactly)
+        found = model.generate(input_ids=ids, attention_mask=mask, **exactly)
+        tokenizer.batch_decode(found[:, longest:])
 
     return run, __version__
 
@@ -132,7 +134,11 @@ def openvino(job: dict[str, Any]) -> tuple[Continue, str]:
     return run, str(openvino_genai.__version__)
 
 
-ENGINES = {"tunesmith": tunesmith, "transformers": transformers, "llama.cpp": llama_cpp, "openvino": openvino}
+def tunesmith_int8(job: dict[str, Any]) -> tuple[Continue, str]:
+    return tunesmith(job, "int8")
+
+
+ENGINES = {"tunesmith": tunesmith, "tunesmith int8": tunesmith_int8, "transformers": transformers, "llama.cpp": llama_cpp, "openvino": openvino}
 
 
 def peak_bytes() -> int:

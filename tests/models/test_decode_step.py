@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.tiny import tiny_model
 from tunesmith import machine
 from tunesmith.models.fast import kernels
 from tunesmith.models.generate import forward_passes
-from tunesmith.models.generate.decode_step import FEW_ROWS, DecodeStep, decode_step
+from tunesmith.models.generate.decode_step import FEW_ROWS, decode_step
 from tunesmith.models.generate.forward_passes import SlotPass
 from tunesmith.models.generate.slot_cache import Piece, attend
 
@@ -183,7 +184,7 @@ def test_a_step_that_differs_is_switched_off_and_reported(monkeypatch: pytest.Mo
     monkeypatch.setattr(forward_passes, "decode_step", lambda core: wrong)
     right = decode_step(tiny_model("llama"))
     assert right is not None
-    wrong = DecodeStep(**{**vars(right), "scale": 3 * right.scale})
+    wrong = replace(right, scale=3 * right.scale)
     notes: list[str] = []
     run = SlotPass(tiny_model("llama"), notes.append)
     run.resize(1, 64)
@@ -203,7 +204,7 @@ def test_many_rows_are_compared_as_few_rows_were(monkeypatch: pytest.MonkeyPatch
     run.note = notes.append
     run([Piece([7], slot + 1, 3) for slot in range(FEW_ROWS)])
     assert run.step is not None
-    run.step = DecodeStep(**{**vars(run.step), "scale": 3 * run.step.scale})
+    run.step = replace(run.step, scale=3 * run.step.scale)
     run.forget()
     run([Piece([7], slot + 1, 4) for slot in range(FEW_ROWS)])
     assert run.step is not None and not notes

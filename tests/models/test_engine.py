@@ -362,6 +362,23 @@ def tiny_bloom() -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def test_slots_that_hold_nothing_are_freed_before_longer_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, params = Engine(tiny_model("llama"), TOKENIZER, 2), SamplingParams(max_new_tokens=2, stop=NEVER)
+    resize, found = SlotPass.resize, list[tuple[int, int]]()
+
+    def recorded(run: SlotPass, slots: int, capacity: int) -> None:
+        found.append((sum(keys.numel() for keys in run.cache.keys), slots))
+        resize(run, slots, capacity)
+
+    ids(engine, requests(prompts(20, 20), params))
+    engine.slots.forget()
+    monkeypatch.setattr(SlotPass, "resize", recorded)
+    ids(engine, requests(prompts(200, 200), params))
+    assert found[-1] == (0, 2)
+    ids(engine, requests(prompts(400, 400, seed=2), params))
+    assert found[-1][0] > 0, "tokens that are held may be the prefix of a prompt"
+
+
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_a_row_longer_than_the_slots_joins_the_running_rows(name: str) -> None:
     """The long prompt comes third, needs more than the slots have, and is answered first."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -112,27 +114,16 @@ class DecodeStep:
         x: Tensor = body.embed_tokens(ids)
         cosine, sine = body.rotary_emb(x[None].float(), position_ids=cache.place_of_token[None])
         x = x.float().contiguous()
-        factors = {} if loras is None else loras.factors_in(self.norm.dtype)
-        parts = zip(self.layers, cache.keys, cache.values, self.products, strict=True)
-        pointers = [
-            0 if tensor is None else self.panels.get(id(tensor), tensor).data_ptr()
-            for layer, keys, values, products in parts
-            for tensor in (
-                *layer,
-                keys,
-                values,
-                *(x for one in products for x in factors.get(one, (None, None))),
-            )
-        ]
+        pointers = self._pointers(cache, loras)
         gate = self.layers[0][-3]
         assert gate is not None
-        sizes = (
+        sizes = np.array((
             len(ids), len(self.layers), x.shape[1], self.heads, self.kv_heads, self.dim, gate.shape[0],
             self.head.shape[0], cache.capacity, self.window, 0 if loras is None else sum(loras.ranks),
-        )  # fmt: skip
+        ))  # fmt: skip
         logits = torch.empty(len(ids), self.head.shape[0])
         tables = [table[0].float().contiguous() for table in (cosine, sine)]
-        arrays = torch.tensor(pointers), torch.tensor(sizes)
+        arrays = pointers.ctypes.data, sizes.ctypes.data
         places = cache.slot_of_token, cache.place_of_token
         name, dtype = ("decode_step_mixed", None) if self.panels else ("decode_step", self.norm.dtype)
         if self.weights == "int8":
@@ -143,6 +134,38 @@ class DecodeStep:
             0 if keep is None else keep, logits, self.epsilon, self.scale,
         )  # fmt: skip
         return logits
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
+        """The pointers of all layers, int64 (layers, fields), without those that may change; their places, and tensors.
+
+        Copies stay where they are as long as this step. Any other tensor may move, because training may replace it.
+        """
+        table = np.zeros((len(self.layers), len(self.layers[0]) + 2 + 2 * len(self.products[0])), np.int64)
+        places, tensors = [], []
+        for number, layer in enumerate(self.layers):
+            for place, tensor in enumerate(layer):
+                if tensor is not None and id(tensor) in self.panels:
+                    table[number, place] = self.panels[id(tensor)].data_ptr()
+                elif tensor is not None:
+                    places.append(number * table.shape[1] + place)
+                    tensors.append(tensor)
+        return table, np.array(places), tensors
+
+    def _pointers(self, cache: SlotCache, loras: LoraStack | None) -> np.ndarray:
+        """Return the pointers of each layer in the order of kernels_decode.c."""
+        table, places, tensors = self._table
+        pointers, keys = table.copy(), len(self.layers[0])
+        pointers.reshape(-1)[places] = [tensor.data_ptr() for tensor in tensors]
+        pointers[:, keys] = [tensor.data_ptr() for tensor in cache.keys]
+        pointers[:, keys + 1] = [tensor.data_ptr() for tensor in cache.values]
+        if loras is not None:
+            factors = loras.factors_in(self.norm.dtype)
+            pointers[:, keys + 2 :] = [
+                [0 if x is None else x.data_ptr() for one in products for x in factors.get(one, (None, None))]
+                for products in self.products
+            ]
+        return pointers
 
 
 def _padded(matrix: Tensor) -> int:

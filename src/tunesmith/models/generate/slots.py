@@ -153,6 +153,8 @@ class Slots:
         self.capacity = self._capacity_for(needed)
         slots = max(1, min(self.most, max(self.wanted, self.count), self._affordable(self.capacity)))
         self._made_for = min(self.wanted, self.most)
+        if not any(self.held):  # there is nothing to copy: the old memory is free before the new is taken
+            self._pass_of_rows().resize(0, 0)
         slots = self._resize(slots)
         self.held = [self.held[slot] if slot < len(self.held) else [] for slot in range(slots)]
         self._computed_by = (self._computed_by + [None] * slots)[:slots]
