@@ -136,7 +136,11 @@ def rows_at_once(pair: Pair, rows: int, repeats: int) -> dict[str, Any]:
         "prefill_tokens_per_second": round(sum(map(len, prompts)) / prefill, 1),
         "prefill_ratio": round(min(first for first, _ in best.values()) / prefill, 2),
         **pair.shares(rows, decode / (TOKENS - 1)),
-        **({"int8_decode_tokens_per_second": round(rows * (TOKENS - 1) / min(t for _, t in ours["int8"]), 1)} if pair.int8 else {}),
+        **(
+            {"int8_decode_tokens_per_second": round(rows * (TOKENS - 1) / min(t for _, t in ours["int8"]), 1)}
+            if pair.int8
+            else {}
+        ),
     }
 
 

@@ -138,7 +138,13 @@ def tunesmith_int8(job: dict[str, Any]) -> tuple[Continue, str]:
     return tunesmith(job, "int8")
 
 
-ENGINES = {"tunesmith": tunesmith, "tunesmith int8": tunesmith_int8, "transformers": transformers, "llama.cpp": llama_cpp, "openvino": openvino}
+ENGINES = {
+    "tunesmith": tunesmith,
+    "tunesmith int8": tunesmith_int8,
+    "transformers": transformers,
+    "llama.cpp": llama_cpp,
+    "openvino": openvino,
+}
 
 
 def peak_bytes() -> int:
