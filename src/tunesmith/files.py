@@ -90,11 +90,12 @@ def disk_error(error: Exception, path: Path | str) -> DiskError | None:
 
 
 def _error_number(error: Exception) -> int:
-    """Return the system's error number, 0 if there is none. safetensors (Rust) has it only in its message."""
+    """Return the system's error number, 0 if there is none. safetensors (Rust) and the error of another process
+    have it only in their message."""
     if isinstance(error, OSError):
         return error.errno or 0
-    match = re.search(r"\(os error (\d+)\)", str(error))
-    return int(match[1]) if match else 0
+    match = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
+    return int(match[1] or match[2]) if match else 0
 
 
 @contextmanager

