@@ -321,9 +321,9 @@ def interval(values: Any, draws: int = 10_000) -> tuple[float, float, float]:
 # ------------------------------------------------------------------------------------------------------------ in numbers
 
 
-def speed(task: str, rounds: int, measured: dict[str, Any], known: dict[str, Any], keep: Any) -> None:
+def speed(task: str, rows: int, rounds: int, measured: dict[str, Any], known: dict[str, Any], keep: Any) -> None:
     """Rows a second in turn on the first rows of the file; ``measured``: see ``rates.measure``."""
-    data, rows, precision = SHARED / "data" / "dpo_en_demo.json", SPEED_ROWS, measured["precision"]
+    data, precision = SHARED / "data" / "dpo_en_demo.json", measured["precision"]
 
     def run(side: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
@@ -370,7 +370,15 @@ def render(found: dict[str, Any]) -> str:
         peak = [max(pair[side]["peak_memory_bytes"] for pair in one["pairs"]) / 1e6 for side in (0, 1)]
         times = f"**{np.median(ratios):.2f}** ({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
         shares = [pair[0]["share_of_matmul"] for pair in one["pairs"] if "share_of_matmul" in pair[0]]
-        cells = [name, task, f"{mine:.3f}", f"{theirs:.3f}", times, f"{ASKED.get(name.split()[0], {}).get(task, '')}"]
+        cells = [
+            name,
+            task,
+            f"{one['rows']}",
+            f"{mine:.3f}",
+            f"{theirs:.3f}",
+            times,
+            f"{ASKED.get(name.split()[0], {}).get(task, '')}",
+        ]
         rows.append([*cells, f"{np.median(shares):.0%}" if shares else "", *(f"{bytes:,.0f} MB" for bytes in peak)])
     lines = ["| " + " | ".join(row) + " |" for row in rows] + [""]
     rows = [["held-out pairs", "seeds", "accuracy", "margin"], ["---"] * 4]
@@ -413,6 +421,7 @@ def main() -> None:
         "--beside", type=int, default=1, help="of quality: runs at a time, each with one thread where more than one"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of speed")
+    parser.add_argument("--rows", type=int, default=SPEED_ROWS, help="of speed: the first of the file")
     parser.add_argument("--more", action="store_true", help="keep the runs in the results, add what they lack")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/speed.md")
     parser.add_argument("--run", nargs=6, help=argparse.SUPPRESS)  # TASK DATA ROWS SEED OUT PRECISION: one run of ours
@@ -443,7 +452,7 @@ def main() -> None:
         for task in options.task:
             if not (options.more and len(of_speed.get(task, {}).get("pairs", ())) >= options.rounds):
                 of_speed |= {"machine": machine.describe(), **measured}  # a run of quality has its own line
-                speed(task, options.rounds, measured, of_speed, keep)
+                speed(task, options.rows, options.rounds, measured, of_speed, keep)
     if "quality" in options.only:
         all_of_quality(options, known, keep)
     table = render(known)
