@@ -9,7 +9,7 @@ from tests.tiny import ENCODER, ENCODERS
 from tunesmith.adaptations import lora
 from tunesmith.data.batch import pack
 from tunesmith.data.batch.pack import PACKED, PADDED
-from tunesmith.models.fast import attention, bidirectional_attention, fused_encoder, fused_layers, kernels
+from tunesmith.models.fast import attention, bidirectional_attention, fused_encoder, fused_layers, kernels, last_layer
 from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.heads import task_heads as heads
 from tunesmith.models.network import base
@@ -179,7 +179,7 @@ def test_dropout_is_the_same_packed_padded_fused_and_for_what_is_read_alone(monk
     install_fast(model.eval())
     model.train()
     assert_near(with_dropout(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
-    monkeypatch.setattr(fused_encoder, "reads_early", lambda body: False)
+    monkeypatch.setattr(last_layer, "reads_early", lambda body: False)
     assert_near(with_dropout(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
 
 

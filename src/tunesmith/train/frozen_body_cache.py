@@ -46,7 +46,7 @@ FORWARD = (
     "models.heads.noise", "models.load.load", "models.load.quantization", "models.load.dequantized_linear",
     "models.load.vocabulary", "models.adapters.virtual_tokens", "models.adapters.virtual_token_layout",
     "models.adapters.linear_layers", "models.fast.attention", "models.fast.segments", "models.fast.varlen",
-    "models.fast.fused_layers", "models.fast.fused_encoder", "models.fast.fused_bottleneck",
+    "models.fast.fused_layers", "models.fast.fused_encoder", "models.fast.last_layer", "models.fast.fused_bottleneck",
     "models.fast.rotary", "models.fast.linear_products", "models.fast.kernels", "models.fast.torch_compile",
 )  # fmt: skip
 """Modules that a body's hidden states depend on: the cache is made again when one of them changes."""

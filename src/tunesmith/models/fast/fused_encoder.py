@@ -4,15 +4,12 @@
 * mlp: the product as one function, since it may have a LoRA; our pass for GELU was no faster than torch's;
 * output: the product, then residual and layer norm as one pass, with the module's own dropout between them;
 * embeddings: the sum's last term and layer norm as one pass.
-
-The last layer has a forward that computes only the hidden states that a head reads (the first of each row).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +19,6 @@ from tunesmith.models.fast.autograd_context import Context, Gradients
 from tunesmith.models.fast.bidirectional_attention import BidirectionalAttention
 from tunesmith.models.fast.self_check import Arguments, Forward
 from tunesmith.models.network import attribute, has_attributes, submodule
-
-if TYPE_CHECKING:
-    from transformers.models.bert.modeling_bert import BertLayer
 
 
 class AddNorm(torch.autograd.Function):
@@ -189,46 +183,3 @@ KINDS: dict[str, self_check.LayerKind] = {
     "encoder output": (_output, _output_input),
     "encoder embeddings": (_embeddings, _embeddings_input),
 }
-
-
-@dataclass(eq=False)
-class LastLayerForward:
-    """The forward of an encoder's last layer, which can be restricted to the positions ``read`` (n,).
-
-    It then returns (1, n, width), and computes everything after attention for these positions alone.
-    """
-
-    layer: BertLayer
-
-    def __call__(
-        self, hidden_states: Tensor, *args: object, read: Tensor | None = None, **kwargs: object
-    ) -> Tensor:
-        layer = self.layer
-        recomputes = layer.training and layer.gradient_checkpointing
-        if read is None or hidden_states.shape[0] != 1 or kwargs.get("segments") is None or recomputes:
-            out = type(layer).forward(layer, hidden_states, *args, **kwargs)
-            return out if read is None else out.flatten(0, 1)[None].index_select(1, read)
-        mixed = layer.attention.self(hidden_states, **kwargs)[0]
-        middle = layer.attention.output(mixed.index_select(1, read), hidden_states.index_select(1, read))
-        return layer.output(layer.intermediate(middle), middle)
-
-
-def last_layer(model: nn.Module) -> BertLayer | None:
-    """Return the last layer of an encoder with bert's layers, or None."""
-    stacks = [submodule(module, "layer") for module in model.modules()]
-    stacks = [layers for layers in stacks if isinstance(layers, nn.ModuleList) and len(layers)]
-    if len(stacks) != 1:
-        return None
-    last = stacks[0][-1]
-    attention = submodule(last, "attention")
-    parts = [(attention, "self"), (attention, "output"), (last, "intermediate"), (last, "output")]
-    if any(owner is None or submodule(owner, name) is None for owner, name in parts):
-        return None
-    known = has_attributes(last, "is_decoder", "gradient_checkpointing") and not last.is_decoder
-    return last if known else None
-
-
-def reads_early(model: nn.Module) -> bool:
-    """Return whether the body of ``model`` takes ``read``."""
-    last = last_layer(model)
-    return last is not None and isinstance(vars(last).get("forward"), LastLayerForward)

@@ -2,7 +2,7 @@
 
 * every linear layer with a plain LoRA: one autograd function that saves only x and x A^T;
 * a linear layer with a bottleneck adapter: one product for both (fused_bottleneck.py);
-* on a CPU the layers of encoders (fused_encoder.py);
+* on a CPU the layers of encoders (fused_encoder.py), and the last layer of encoders and decoders (last_layer.py);
 * on a CPU with kernels.py: RMSNorm, SwiGLU, and attention with rotary embedding, with q/k/v and gate/up each
   as one product over stacked weights. The parameters become views of the stack: same names, same values.
 
@@ -23,7 +23,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tunesmith.models.adapters import adapter_types
 from tunesmith.models.adapters.virtual_tokens import PrefixCache
-from tunesmith.models.fast import fused_bottleneck, fused_encoder, kernels, linear_products, self_check
+from tunesmith.models.fast import (
+    fused_bottleneck,
+    fused_encoder,
+    kernels,
+    last_layer,
+    linear_products,
+    self_check,
+)
 from tunesmith.models.fast.autograd_context import Context, Gradients
 from tunesmith.models.fast.rotary import rotary_attention
 from tunesmith.models.fast.segments import most_keys
@@ -83,11 +90,24 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
             found = _linear_forward(module)
         if found is not None:
             fused.add(module, *found)
-    last = None if dtype is None else fused_encoder.last_layer(model)
-    if last is not None:
-        fused.add(last, "encoder last layer", fused_encoder.LastLayerForward(last))
+    last = None if dtype is None else last_layer.find(model)
+    if last is not None and dtype is not None:
+        _restrict(last, dtype, fused)
     fused.enable()
     return fused
+
+
+def _restrict(last: nn.Module, dtype: torch.dtype, fused: Fused) -> None:
+    """Let the last layer compute only what a head reads.
+
+    A decoder layer keeps its own forward if it computes more than its modules show (granite scales what it adds).
+    """
+    attention = attribute(last, "self_attn")
+    replaced = next((forward for module, forward in fused.replaced if module is attention), None)
+    kind, forward = last_layer.restricted(last, replaced)
+    every = partial(forward, read=torch.arange(self_check.TOKENS))
+    if attention is None or self_check.why_not(last, every, _layer_input, dtype) is None:
+        fused.add(last, kind, forward)
 
 
 def _fused_forward(
@@ -250,6 +270,7 @@ def _attention(module: nn.Module) -> Forward | None:
         past_key_values: object = None,
         segments: tuple[int, ...] | None = None,
         behind: tuple[int, ...] | None = None,
+        only: Tensor | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
         prefix = past_key_values if isinstance(past_key_values, PrefixCache) else None
@@ -262,23 +283,19 @@ def _attention(module: nn.Module) -> Forward | None:
         if other or segments is None or position_embeddings is None:
             kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
             kwargs |= {"position_embeddings": position_embeddings, "segments": segments, "behind": behind}
-            return type(module).forward(module, hidden_states, **kwargs)
+            given = type(module).forward(module, hidden_states, **kwargs)
+            return given if only is None else (given[0].index_select(1, only), None)
         x = hidden_states[0]
         cosine, sine = (table[0].to(x.dtype).contiguous() for table in position_embeddings)
-        mixed = rotary_attention(
-            qkv(x, _origins.get(hidden_states)),
-            cosine,
-            sine,
-            heads,
-            kv_heads,
-            segments,
-            scale,
-            prefix,
-            behind,
-        )
-        return out(mixed).unsqueeze(0), None
+        projected = qkv(x, _origins.get(hidden_states))
+        mixed = rotary_attention(projected, cosine, sine, heads, kv_heads, segments, scale, prefix, behind)
+        return out(mixed if only is None else mixed[only]).unsqueeze(0), None
 
     return forward
+
+
+def _layer_input(layer: nn.Module, dtype: torch.dtype) -> Arguments:
+    return _attention_input(attribute(layer, "self_attn"), dtype)
 
 
 def _attention_input(module: nn.Module, dtype: torch.dtype) -> Arguments:

@@ -18,6 +18,8 @@ LayerKind: TypeAlias = tuple[
     Callable[[nn.Module], Forward | None], Callable[[nn.Module, torch.dtype], Arguments]
 ]
 """The function that makes a layer's forward (None for another kind), and arguments to check it with."""
+TOKENS = 8
+"""Tokens of the random input."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest difference, as a share of the output's norm."""
 
@@ -29,10 +31,10 @@ def seeded() -> torch.Generator:
 def random_input(
     module: nn.Module, dtype: torch.dtype, generator: torch.Generator | None = None
 ) -> Arguments:
-    """Return hidden states (1, 8, width) for a module, whose first linear layer or weight has the width."""
+    """Return hidden states (1, TOKENS, width) for a module, whose first linear layer or weight has the width."""
     widths = [attribute(layer, "in_features") for layer in module.modules()]
     width = next((width for width in widths if width), None) or attribute(module, "weight").shape[-1]
-    return (torch.randn(1, 8, width, generator=generator or seeded()).to(dtype),), {}
+    return (torch.randn(1, TOKENS, width, generator=generator or seeded()).to(dtype),), {}
 
 
 @torch.no_grad()

@@ -76,8 +76,8 @@ def _blocked_entropies(
     def of_block(states: Tensor) -> Tensor:
         return lm_head.entropies_of(nn.functional.linear(states, used, bias))
 
-    blocks = [checkpoint(of_block, states, use_reentrant=False) for states in hidden.split(lm_head.BLOCK)]
-    return torch.cat(blocks)
+    parts = [checkpoint(of_block, hidden[here], use_reentrant=False) for here in lm_head.blocks(hidden)]
+    return torch.cat(parts) if parts else of_block(hidden)
 
 
 def _tempered(given: lm_head.BlockedArguments, temperature: float) -> lm_head.BlockedArguments:
