@@ -15,6 +15,7 @@ from tunesmith import objectives
 from tunesmith.cli.evaluate import _tables
 from tunesmith.cli.train import summary
 from tunesmith.metrics.intervals import RowFigure
+from tunesmith.report import language
 from tunesmith.runs import assessment
 from tunesmith.runs.figure_format import change_text, number
 
@@ -53,6 +54,16 @@ def test_the_values_of_rows_make_the_figures_of_the_evaluation(runs, objective):
         assert one["value"] == pytest.approx(result[name], abs=1e-6), name
         assert one["change"]["value"] == pytest.approx(result[name] - result[f"{name}_before"], abs=1e-6), name
         assert one["change"]["low"] <= one["change"]["value"] <= one["change"]["high"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_page_in_korean_has_the_notes_verdicts_and_baselines_of_the_run_in_korean(runs, objective):
+    _, folder, _ = runs(objective)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assessed = manifest["result"]["assessment"]
+    words = {one["baseline"]["words"] for one in assessed["figures"].values() if one.get("baseline")}
+    unknown = [line for line in (*manifest["notes"], *assessed["verdict"], *words) if not language.translation(line)]
+    assert unknown == []
 
 
 BASELINES = {

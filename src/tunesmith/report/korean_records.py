@@ -158,6 +158,8 @@ NAMES = {
     "the prompt copied": "프롬프트 복사",
     "the most frequent answer": "가장 흔한 답변",
     # remarks
+    "it takes the labels from the base, which has others": "라벨을 기반 모델에서 읽는데 서로 다릅니다",
+    "no entities, single tags": "개체 없음, 낱개 태그",
     "it gives every answer the same reward": "모든 답변에 같은 보상을 줍니다",
     "the same labels": "같은 라벨",
     "the same number": "같은 값",
@@ -286,6 +288,23 @@ SENTENCES = {
         "학습 프롬프트의 보상은 {n_train}에서 {n_train_now}로 올랐지만 평가 프롬프트의 보상은 {n_eval}에서 {n_eval_now}로 떨어졌습니다. 정책이 과적합되었습니다. "
         "스텝을 줄이거나(train.max_steps) 프롬프트를 늘리거나 {key} 값을 올리세요",
     # notes of an evaluation and of a run
+    "warning: {line}, later than asked for": "경고: {line}. 요청한 시간보다 늦습니다",
+    "{head}, because a step takes {n_step} s, an evaluation {n_evaluation} s; the run will end after about {time}":
+        "{head}. 한 스텝에 {n_step}초, 평가 한 번에 {n_evaluation}초가 걸려 약 {time} 뒤에 끝납니다",
+    "train.max_minutes {n_minutes}: {n_steps} of {n_most} steps": "train.max_minutes {n_minutes}: {n_most}스텝 중 {n_steps}스텝",
+    "train.max_minutes {n_minutes}: all {n_most} steps fit": "train.max_minutes {n_minutes}: {n_most}스텝을 모두 마칠 수 있습니다",
+    "weights: {total} in memory: {parts}": "메모리에 있는 가중치 {total}: {parts}",
+    "the network {network}, fp32 masters of what is trained {masters}, the reference, a copy of what is trained, {copy}":
+        "네트워크 {network}, 학습 대상의 fp32 마스터 {masters}, 참조 정책(학습 대상의 사본) {copy}",
+    "the network {network}, the reference, a copy of what is trained, {copy}":
+        "네트워크 {network}, 참조 정책(학습 대상의 사본) {copy}",
+    "the network {network}, fp32 masters of what is trained {masters}": "네트워크 {network}, 학습 대상의 fp32 마스터 {masters}",
+    "{size} ({n_count} parameters)": "{size}(파라미터 {n_count}개)",
+    "tags: {n_count} ({kind}); the most frequent is '{name}' ({n_share} of the words)":
+        "태그 {n_count}개({kind}), 가장 흔한 것은 ‘{name}’(단어의 {n_share})",
+    "{scheme}, {n_count} types of entities": "{scheme}, 개체 종류 {n_count}개",
+    "plain transformers cannot open the adapter in model/ ({why}): a copy with the adapter merged is in {folder}/":
+        "transformers만으로는 model/의 어댑터를 열 수 없습니다({why}). 어댑터를 병합한 사본이 {folder}/에 있습니다",
     "{n_rows} bad rows were left out": "잘못된 행 {n_rows}개를 뺐습니다",
     "the reference is the policy before its first step: {n_rows} rows, {n_tokens} tokens, computed once":
         "참조 정책은 첫 스텝 이전의 정책입니다: 행 {n_rows}개, 토큰 {n_tokens}개를 한 번만 계산했습니다",
