@@ -159,6 +159,8 @@ NAMES = {
     "the most frequent answer": "가장 흔한 답변",
     # remarks
     "it takes the labels from the base, which has others": "라벨을 기반 모델에서 읽는데 서로 다릅니다",
+    "the model may predict that there is none": "모델이 ‘답 없음’을 예측할 수 있습니다",
+    "the model always predicts one": "모델이 항상 답을 예측합니다",
     "no entities, single tags": "개체 없음, 낱개 태그",
     "it gives every answer the same reward": "모든 답변에 같은 보상을 줍니다",
     "the same labels": "같은 라벨",
@@ -288,6 +290,11 @@ SENTENCES = {
         "학습 프롬프트의 보상은 {n_train}에서 {n_train_now}로 올랐지만 평가 프롬프트의 보상은 {n_eval}에서 {n_eval_now}로 떨어졌습니다. 정책이 과적합되었습니다. "
         "스텝을 줄이거나(train.max_steps) 프롬프트를 늘리거나 {key} 값을 올리세요",
     # notes of an evaluation and of a run
+    "no improvement in {n_count} evaluations; the best was {n_best} at step {n_step}":
+        "평가 {n_count}번 동안 나아지지 않았습니다. 가장 좋은 값은 {n_step}스텝의 {n_best}입니다",
+    "questions: {n_count}, {n_none} of them without an answer: {effect}": "질문 {n_count}개, 그중 답이 없는 것 {n_none}개: {effect}",
+    "margins: {n_scored} of {n_rows} rows have scores; for the others the margin is 0":
+        "마진: 행 {n_rows}개 중 {n_scored}개에 점수가 있고, 나머지는 마진이 0입니다",
     "warning: {line}, later than asked for": "경고: {line}. 요청한 시간보다 늦습니다",
     "{head}, because a step takes {n_step} s, an evaluation {n_evaluation} s; the run will end after about {time}":
         "{head}. 한 스텝에 {n_step}초, 평가 한 번에 {n_evaluation}초가 걸려 약 {time} 뒤에 끝납니다",
