@@ -179,7 +179,7 @@ def test_dropout_is_the_same_packed_padded_fused_and_for_what_is_read_alone(monk
     install_fast(model.eval())
     model.train()
     assert_near(with_dropout(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
-    monkeypatch.setattr(last_layer, "reads_early", lambda body: False)
+    monkeypatch.setattr(last_layer, "most_read", lambda body: 0.0)
     assert_near(with_dropout(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
 
 

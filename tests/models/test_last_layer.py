@@ -80,7 +80,7 @@ def test_a_layer_that_computes_more_keeps_its_own_forward():
     granite = AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **SMALL, residual_multiplier=0.5)).eval()
     granite.set_attn_implementation(attention.NAME)
     fused = fused_layers.install(granite)
-    assert fused.kinds["norm"] and "last layer" not in fused.kinds and not last_layer.reads_early(granite.base_model)
+    assert fused.kinds["norm"] and "last layer" not in fused.kinds and not last_layer.most_read(granite.base_model)
     assert last_layer.find(packed_model("gemma3").base_model) is None  # norms around both parts
 
 

@@ -103,8 +103,8 @@ def outputs_at(model: PreTrainedModel, batch: Batch) -> Tensor:
     if cached is not None:
         return cached
     read, body = batch["positions"], base(model).base_model
-    few = "segments" in batch and 4 * len(read) <= 3 * batch["input_ids"].numel()
-    if few and not virtual_tokens.count(model) and last_layer.reads_early(body):
+    few = "segments" in batch and len(read) <= last_layer.most_read(body) * batch["input_ids"].numel()
+    if few and not virtual_tokens.count(model):
         with noise.override(model, read=read):  # the last layer computes these positions alone
             return body(**inputs(model, batch), read=read).last_hidden_state[0]
     hidden = hidden_states(model, batch).flatten(0, 1)
