@@ -14,7 +14,6 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from sklearn.metrics import cohen_kappa_score
 
 from tunesmith.data.data_config import Source
 from tunesmith.data.read.source import open_source
@@ -158,6 +157,7 @@ def _share(values: Sequence[bool]) -> float:
 
 def _kappa(gold: np.ndarray, outcome: np.ndarray) -> tuple[float, float, float]:
     """Return Cohen's kappa (1960) with its bootstrap interval. Ties agree with no known pair."""
+    from sklearn.metrics import cohen_kappa_score
 
     def one(rows: np.ndarray) -> float:
         if not len(rows) or len(set(gold[rows]) | set(outcome[rows])) < 2:

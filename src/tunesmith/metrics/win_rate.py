@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit
 
 from tunesmith.metrics import comparison
 from tunesmith.metrics.intervals import LEVEL, Interval
@@ -48,6 +46,8 @@ def length_controlled(wins: Sequence[float], longer: Sequence[float]) -> tuple[I
     bootstrap over rows. None if there are fewer than ``FEWEST`` verdicts, or if ``longer`` is the same in all
     rows, so that length cannot be told from quality.
     """
+    from scipy.special import expit
+
     won, gap = np.asarray(wins, float), np.asarray(longer, float)
     if len(won) < FEWEST:
         return None, f"no length-controlled win rate: {len(won)} verdicts, at least {FEWEST} are needed"
@@ -88,6 +88,8 @@ def _fit(won: np.ndarray, feature: np.ndarray) -> tuple[float, float]:
     """Return (a, b) of the most probable fit.
 
     Half a win and half a loss at equal length are added, so that a is finite when one system wins always."""
+    from scipy.optimize import minimize
+    from scipy.special import expit
 
     def cost(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         a, b = parameters

@@ -11,6 +11,7 @@ import torch
 
 from tunesmith.json_types import JsonObject
 from tunesmith.models.fast import kernels
+from tunesmith.models.load.mapped_files import MappedFiles
 from tunesmith.train import distributed
 
 if TYPE_CHECKING:
@@ -94,12 +95,15 @@ class Masters:
         self.copies = compute is not torch.float32
         self.masters: dict[str, torch.Tensor] = {}
         self._norm = torch.zeros(())
+        files = MappedFiles()
         for name, parameter in self.parameters.items():
             if self.copies:
-                self.masters[name] = parameter.detach().float().clone().requires_grad_()
-            else:
-                parameter.data = parameter.data.float()
-                self.masters[name] = parameter
+                self.masters[name] = parameter.detach().to(torch.float32, copy=True).requires_grad_()
+            elif parameter.dtype is not torch.float32:
+                stored = parameter.data
+                parameter.data = stored.float()
+                files.drop(stored)
+            self.masters.setdefault(name, parameter)
 
     @property
     def size(self) -> int:

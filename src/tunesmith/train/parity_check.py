@@ -40,6 +40,8 @@ two answers cancels in the gradient, and its rounding does not. In bf16 the plai
 (SmolLM2-135M), its loss up to 1.5%."""
 ZERO_STD = 0.02
 """Standard deviation of the numbers that replace zeros: that of transformers' initialisation."""
+CALL_TOKENS = 24
+"""Tokens of a row that shows how often, and with which arguments, the model calls attention."""
 LOSS_SCALE = {torch.float16: 2.0**10}
 """Factor on the loss. Without it much of the gradient underflows in fp16, and equal paths differ by 1.6%."""
 
@@ -132,8 +134,8 @@ class ParityCheck:
         try:
             inner.set_attn_implementation(name)
             with torch.no_grad(), attention.watch() as calls:
-                batch = self.objective.collate(self.rows, layout)
-                self.objective.loss(self.model, to_device(batch, self.device))
+                rows = [shorten(row, CALL_TOKENS) for row in self.rows]
+                self.objective.loss(self.model, to_device(self.objective.collate(rows, layout), self.device))
         except attention.CannotPack as reason:
             return str(reason)
         except FORWARD_ERRORS as error:
@@ -184,17 +186,19 @@ def without_zeros(model: PreTrainedModel) -> Iterator[None]:
                 parameter.copy_(zero)
 
 
-def shorten(example: Example) -> Example:
-    """Return the row's first tokens, with some around the first supervised one; rows of task heads stay whole."""
+def shorten(example: Example, most: int = CHECK_TOKENS) -> Example:
+    """Return the row's first tokens, with some around the first supervised one; rows of task heads stay whole.
+
+    ``most``: number of tokens that are left."""
     if "answers" in example:
-        return preference_batch.shorten(example, CHECK_TOKENS // 2, CHECK_TOKENS // 4)
+        return preference_batch.shorten(example, most // 2, most // 4)
     if "supervised" not in example:
         return example
     supervised = np.flatnonzero(example["supervised"][1:]) + 1
     places = np.arange(len(example["input_ids"]))
-    kept = places < CHECK_TOKENS
-    if len(supervised) and supervised[0] >= CHECK_TOKENS:  # the answer to a long prompt
-        kept = (places < CHECK_TOKENS // 2) | (abs(places - supervised[0]) < CHECK_TOKENS // 4)
+    kept = places < most
+    if len(supervised) and supervised[0] >= most:  # the answer to a long prompt
+        kept = (places < most // 2) | (abs(places - supervised[0]) < most // 4)
     short = {
         name: np.array(values[kept] if len(values) == len(places) else values)
         for name, values in example.items()

@@ -47,7 +47,7 @@ class RowCheck:
         self.short = self.long[:, : len(tokens) // 2]
         self.name = base(model).config.model_type
         self.close = CLOSE.get(model.dtype, CLOSE_IN_HALF)
-        self.expected = [self._stock(row) for row in (self.long, self.short)]
+        self.expected = [self._stock(row, row is self.short) for row in (self.long, self.short)]
 
     def number_tokens(self) -> str | None:
         """Find the first position id of transformers' own forward, and let batches begin there. Return None.
@@ -94,14 +94,17 @@ class RowCheck:
                 "predicts would depend on the other rows of a batch.\n  Take another model."
             )
 
-    def _stock(self, ids: Tensor) -> Tensor:
-        """Return a row's hidden states by transformers' own forward, from its tokens and a mask of ones."""
+    def _stock(self, ids: Tensor, from_tokens_alone: bool) -> Tensor:
+        """Return a row's hidden states by transformers' own forward, from its tokens and a mask of ones.
+
+        ``from_tokens_alone``: also run it without a mask, as users of the saved model do."""
         inner = base(self.model)
         # no head of transformers pools by the mean, so such a model is checked without its head
         stock = inner.base_model if pooling(inner.config) == "mean" else inner
         try:
             with torch.no_grad():
-                stock(input_ids=ids)  # users of the saved model call it in this way
+                if from_tokens_alone:
+                    stock(input_ids=ids)
             return self._states({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
         except FORWARD_ERRORS as error:
             if machine.is_out_of_memory(error):

@@ -14,6 +14,7 @@ from tunesmith import machine
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.fast import kernels
 from tunesmith.models.load import dequantized_linear, huge_pages
+from tunesmith.models.load.mapped_files import MappedFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,9 +74,12 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     in ``dtype``. Raises ModelError for a weight that fp16 cannot hold.
     """
     dequantized_linear.compute_in(model, dtype)
+    files = MappedFiles()
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+            stored = parameter.data
+            parameter.data = stored.to(dtype)
+            files.drop(stored)
             if dtype is torch.float16 and not parameter.data.isfinite().all():
                 raise ModelError(
                     f"precision fp16: the weight {name} holds numbers above 65504, the largest of fp16 (or not finite).\n"

@@ -7,16 +7,15 @@ and 28 GB/s on pages of 2 MB. Linux gives huge pages only to memory that asks fo
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith import machine
+from tunesmith.models.load.mapped_files import MappedFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +45,7 @@ def move_weights(model: PreTrainedModel) -> bool:
     if block is None:
         return False
     moved: dict[tuple[int, torch.Size], Tensor] = {}
-    files = _mapped_files()
+    files = MappedFiles()
     start = 0
     for parameter in parameters:
         address, size = parameter.data_ptr(), parameter.nbytes
@@ -55,32 +54,9 @@ def move_weights(model: PreTrainedModel) -> bool:
             part = block[start : start + size].view(parameter.dtype).view(parameter.shape)
             moved[key] = part.copy_(parameter.data)
             start += _aligned(size)
-            if any(first <= address and address + size <= end for first, end in files):
-                _drop_pages(address, size)
+            files.drop(parameter.data)
         parameter.data = moved[key]
     return True
-
-
-def _mapped_files() -> list[tuple[int, int]]:
-    """Return the addresses, [first, end), at which this process has files in memory."""
-    found = []
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        addresses, _, _, _, inode, *_ = line.split()
-        if inode != "0":
-            first, end = (int(address, 16) for address in addresses.split("-"))
-            found.append((first, end))
-    return found
-
-
-def _drop_pages(address: int, size: int) -> None:
-    """Remove the whole pages of this part of a mapped file from memory; they are read again if anyone needs them."""
-    first, end = (
-        -(-address // mmap.PAGESIZE) * mmap.PAGESIZE,
-        (address + size) // mmap.PAGESIZE * mmap.PAGESIZE,
-    )
-    if first < end:
-        length = ctypes.c_size_t(end - first)
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), length, mmap.MADV_DONTNEED)
 
 
 def _aligned(count: int) -> int:

@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -70,6 +71,8 @@ def quiet() -> None:
     if "torch" in sys.modules and not sys.modules["torch"].cuda.is_available():
         # transformers imports an installed DeepSpeed, which otherwise prints that it looks for an accelerator
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "torch" in sys.modules:
+        quantization.import_bitsandbytes()
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 
@@ -350,7 +353,8 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, list[str], list[str], list[tuple[str, torch.Size, torch.Size]]]:
     """Return (model, missing, unexpected, mismatched): names of tensors, the last with both shapes."""
     strict = {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
-    model, report = _call(named, network.from_pretrained, path, **options, **strict)
+    with quantization.one_tensor_at_a_time() if "quantization_config" in options else nullcontext():
+        model, report = _call(named, network.from_pretrained, path, **options, **strict)
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
     return model, report["missing_keys"], unexpected, report["mismatched_keys"]
 

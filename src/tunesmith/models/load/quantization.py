@@ -5,8 +5,11 @@ bitsandbytes rounds its linear layers while transformers loads them; embeddings,
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeAlias
@@ -50,6 +53,48 @@ def require(purpose: str) -> None:
     """Raise MissingExtra without bitsandbytes."""
     if find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "bnb", purpose)
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, if it is installed, without torch's compiler.
+
+    peft imports it with every adapter. Its module body hands functions to ``torch.compile``, and that loads the
+    compiler, which takes a second. Only devices without kernels in bitsandbytes use these functions, and they
+    compute the same uncompiled.
+    """
+    if "bitsandbytes" in sys.modules or find_spec("bitsandbytes") is None:
+        return
+    switch = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        with suppress(ImportError, OSError, RuntimeError):  # a broken package: who needs it reports it
+            import bitsandbytes  # noqa: F401
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
+
+
+@contextmanager
+def one_tensor_at_a_time() -> Iterator[None]:
+    """Let transformers read each tensor into memory of its own, which is free again once the tensor is quantised.
+
+    By default it maps the file, and all pages that were read count as memory until the model is loaded: the
+    unquantised model next to the quantised one."""
+    from transformers import modeling_utils
+
+    open_mapped = modeling_utils.safe_open
+
+    def open_unmapped(file: object, **options: object) -> object:
+        return open_mapped(file, **{**options, "backend": "pread"})
+
+    modeling_utils.safe_open = open_unmapped
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = open_mapped
 
 
 def kwargs_from_record(record: JsonObject | None) -> LoadKwargs:
