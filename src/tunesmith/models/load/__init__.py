@@ -7,6 +7,7 @@
 - ``merge_weights``: an adapter merged into its base
 - ``vocabulary``: new tokens
 - ``compute_dtype``: the number format that a model computes in
+- ``mapped_files``: weights that leave memory once they are copied
 - ``huge_pages``: weights where a processor reads them faster
 - ``module_patterns``: modules named by a recipe
 - ``quantization``, ``dequantized_linear``: a base model in 4 or 8 bits
