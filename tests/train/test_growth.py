@@ -1,12 +1,15 @@
 """A long run takes no more memory than a short one."""
 
+import gc
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import tunesmith
 from tests import processes, runs
 from tunesmith.runs import metrics_file
 
@@ -25,3 +28,23 @@ def test_memory_stays_level_over_three_hundred_steps(tmp_path: Path) -> None:
     memory = [one["memory_bytes"] / 1e6 for one in logs]
     assert len(memory) == STEPS
     assert np.polyfit(range(SETTLED, STEPS), memory[SETTLED:], 1)[0] < 0.1
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_a_step_leaves_no_tensor_in_a_cycle(adaptation: str, tmp_path: Path) -> None:
+    """The program looks for cycles rarely (``cli.main.NEW_OBJECTS``), so they must hold no memory."""
+    found: list[list[tuple[int, ...]]] = []
+
+    def collect(record: object) -> None:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found.append([tuple(one.shape) for one in gc.garbage if isinstance(one, torch.Tensor)])
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+    gc.disable()
+    try:
+        tunesmith.train(runs.recipe(tmp_path, adaptation=adaptation, logging_steps=1), out=tmp_path / "run", on_log=collect)
+    finally:
+        gc.enable()
+    assert found[1:] == [[], [], []]
