@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("kind", "most"), [("frozen", 1.25), ("trained", 1.25), ("nf4", 2.5)])
+@pytest.mark.parametrize(("kind", "most"), [("frozen", 1.25), ("trained", 1.25), ("nf4", 3.5)])
 def test_loading_takes_little_more_than_the_model(kind: str, most: float, folder: Path) -> None:
     if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")

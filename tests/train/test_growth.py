@@ -30,8 +30,7 @@ def test_memory_stays_level_over_three_hundred_steps(tmp_path: Path) -> None:
     assert np.polyfit(range(SETTLED, STEPS), memory[SETTLED:], 1)[0] < 0.1
 
 
-@pytest.mark.parametrize("adaptation", ["lora", "full"])
-def test_a_step_leaves_no_tensor_in_a_cycle(adaptation: str, tmp_path: Path) -> None:
+def test_a_step_leaves_no_tensor_in_a_cycle(tmp_path: Path) -> None:
     """The program looks for cycles rarely (``cli.main.NEW_OBJECTS``), so they must hold no memory."""
     found: list[list[tuple[int, ...]]] = []
 
@@ -41,10 +40,11 @@ def test_a_step_leaves_no_tensor_in_a_cycle(adaptation: str, tmp_path: Path) -> 
         found.append([tuple(one.shape) for one in gc.garbage if isinstance(one, torch.Tensor)])
         gc.set_debug(0)
         gc.garbage.clear()
+        gc.collect()  # what was listed is garbage still
 
     gc.disable()
     try:
-        tunesmith.train(runs.recipe(tmp_path, adaptation=adaptation, logging_steps=1), out=tmp_path / "run", on_log=collect)
+        tunesmith.train(runs.recipe(tmp_path, adaptation="lora", logging_steps=1), out=tmp_path / "run", on_log=collect)
     finally:
         gc.enable()
     assert found[1:] == [[], [], []]

@@ -8,16 +8,9 @@ import sys
 import pytest
 
 LATER = (
-    "peft",
-    "bitsandbytes",
-    "sklearn",
-    "matplotlib",
-    "scipy",
-    "pandas",
-    "datasets",
-    "deepspeed",
+    "peft", "bitsandbytes", "sklearn", "matplotlib", "scipy.stats", "scipy.optimize", "scipy.special", "pandas", "datasets",
     "torch._inductor.compile_fx",
-)
+)  # fmt: skip
 
 CODE = """
 import json, os, sys

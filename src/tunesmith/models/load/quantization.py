@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -79,22 +79,37 @@ def import_bitsandbytes() -> None:
 
 @contextmanager
 def one_tensor_at_a_time() -> Iterator[None]:
-    """Let transformers read each tensor into memory of its own, which is free again once the tensor is quantised.
+    """Let each tensor leave memory once it is quantised.
 
-    By default it maps the file, and all pages that were read count as memory until the model is loaded: the
-    unquantised model next to the quantised one."""
-    from transformers import modeling_utils
+    transformers maps the file and quantises tensor by tensor, but the pages that it has read count as memory until
+    the model is loaded: the unquantised model next to the quantised one."""
+    from transformers.integrations import bitsandbytes as integration
 
-    open_mapped = modeling_utils.safe_open
+    from tunesmith.models.load.mapped_files import MappedFiles
 
-    def open_unmapped(file: object, **options: object) -> object:
-        return open_mapped(file, **{**options, "backend": "pread"})
+    operations = (integration.Bnb4bitQuantize, integration.Bnb8bitQuantize)
+    before = [operation.convert for operation in operations]
+    mapped: list[MappedFiles] = []
 
-    modeling_utils.safe_open = open_unmapped
+    def dropping(convert: Callable[..., JsonObject]) -> Callable[..., JsonObject]:
+        def convert_and_drop(self: object, tensors: JsonObject, **options: object) -> JsonObject:
+            result = convert(self, tensors, **options)
+            if not mapped:  # the first tensor: all files are mapped now
+                mapped.append(MappedFiles())
+            for found in tensors.values():
+                for tensor in found if isinstance(found, list) else [found]:
+                    mapped[0].drop(tensor)
+            return result
+
+        return convert_and_drop
+
+    for operation, convert in zip(operations, before, strict=True):
+        operation.convert = dropping(convert)
     try:
         yield
     finally:
-        modeling_utils.safe_open = open_mapped
+        for operation, convert in zip(operations, before, strict=True):
+            operation.convert = convert
 
 
 def kwargs_from_record(record: JsonObject | None) -> LoadKwargs:
