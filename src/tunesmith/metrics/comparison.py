@@ -165,7 +165,7 @@ def difference(
     None for fewer than two clusters or a figure that is not defined. Systems with equal terms have a
     difference of 0, the interval [0, 0] and p = 1. Raises ValueError if the shapes differ.
     """
-    from scipy.special import ndtri  # not at the top: training imports this module, and scipy takes 0.1 s
+    from scipy.special import ndtri  # not at the top: reports import this module and read figures alone
 
     found = _pair(first, second, clusters, of_sums)
     if found is None:
