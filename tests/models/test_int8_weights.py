@@ -16,6 +16,7 @@ from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
 from tunesmith.models.fast import kernels
+from tunesmith.models.generate import int8_weights
 from tunesmith.models.generate.engine import Engine
 from tunesmith.models.generate.forward_passes import SlotPass, difference
 from tunesmith.models.generate.int8_weights import int8_forward, rounded_to_int8
@@ -61,6 +62,24 @@ def test_the_logits_are_those_of_weights_rounded_in_torch(dtype: torch.dtype, ro
         assert 1e-3 < difference(logits, stored) < 2e-2
     else:
         assert difference(logits, expected) < 2e-2 and difference(logits, stored) < 4e-2
+
+
+@torch.inference_mode()
+def test_the_forward_with_rounded_weights_takes_a_part_of_a_matrix_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = torch.nn.Linear(6, 2500), torch.randn(3, 6)
+    expected = torch.nn.functional.linear(x, rounded_to_int8(linear.weight), linear.bias)
+    rounded: list[int] = []
+    own = int8_weights.rounded_to_int8
+
+    def recorded(weight: torch.Tensor) -> torch.Tensor:
+        rounded.append(len(weight))
+        return own(weight)
+
+    monkeypatch.setattr(int8_weights, "rounded_to_int8", recorded)
+    with int8_forward([linear]):
+        assert torch.allclose(linear(x), expected, atol=1e-6)
+    assert max(rounded) <= int8_weights.OUTPUTS < sum(rounded) == 2500
+    assert not torch.allclose(linear(x), expected, atol=1e-4)
 
 
 @needs_compiler
