@@ -85,6 +85,17 @@ def test_blocked_cross_entropy(dtype, rows):
     close([y, *grads(y, ours, factor.double())], [z, *grads(z, theirs, factor.double())], DTYPES[dtype])
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(20)])
+def test_blocks_of_logits_share_their_memory(bias):
+    hidden, weight = torch.randn(2 * lm_head.BLOCK + 3, 8), torch.randn(20, 8)
+    found = [(here, logits.clone(), logits.data_ptr()) for here, logits in lm_head.logit_blocks(hidden, weight, bias)]
+    assert torch.allclose(
+        torch.cat([logits for _, logits, _ in found]), torch.nn.functional.linear(hidden, weight, bias), atol=1e-5
+    )
+    assert len(found) == 3 and len({place for *_, place in found}) == 1
+    assert torch.equal(torch.cat([torch.arange(len(hidden))[here] for here, *_ in found]), torch.arange(len(hidden)))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(value):
     logits, losses = torch.zeros(2, 40), torch.zeros(2)

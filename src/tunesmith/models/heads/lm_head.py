@@ -313,9 +313,22 @@ def gradient_blocks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, losses: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the gradient by the logits of each block of targets, and fill ``losses`` (targets,)."""
-    for here in blocks(hidden):
-        logits = nn.functional.linear(hidden[here], weight, bias)
+    for here, logits in logit_blocks(hidden, weight, bias):
         yield here, loss_and_gradient(logits, labels[here], losses[here])
+
+
+def logit_blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits of each block of targets. All blocks have the same memory: use one before the next."""
+    buffer: Tensor | None = None
+    for here in blocks(hidden):
+        rows = hidden[here]
+        buffer = rows.new_empty(len(rows), len(weight)) if buffer is None else buffer
+        logits = buffer[: len(rows)]
+        if bias is None:
+            torch.mm(rows, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=logits)
+        yield here, logits
 
 
 @torch.no_grad()
@@ -327,8 +340,7 @@ def target_losses(given: BlockedArguments, entropies: bool = False) -> tuple[Ten
     used = with_new(weight, rows, new)
     losses = torch.zeros(len(hidden), dtype=exact_dtype(hidden), device=hidden.device)
     found = torch.zeros_like(losses)
-    for here in blocks(hidden):
-        logits = nn.functional.linear(hidden[here], used, bias)
+    for here, logits in logit_blocks(hidden, used, bias):
         if kernels.available(logits):
             results = losses[here], found[here]
             kernels.call("losses_and_entropies", logits.dtype, logits, labels[here], *results, *logits.shape)
