@@ -40,7 +40,7 @@ def write_rows(file: Path, count: int) -> None:
             out.write(json.dumps({**row, "instruction": f"{number}. {row['instruction']}"}) + "\n")
 
 
-def write_long_rows(file: Path, model: str, length: int, count: int) -> None:
+def write_long_rows(file: Path, length: int, count: int) -> None:
     """Rows that are cut at ``length`` tokens, and would be longer."""
     from tunesmith.data.read import builtin
 
@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
         if options.what == "lengths":
             for length in options.lengths:
                 steps, batch = options.steps or 3, max(1, STEP_TOKENS // length)
-                write_long_rows(data, model, length, steps * batch)
+                write_long_rows(data, length, steps * batch)
                 found.append(in_new_process(room, f"{length} tokens", model, data, batch=batch, length=length, steps=steps))
         else:
             for count in options.rows if options.what == "rows" else [2_000]:
