@@ -24,8 +24,8 @@ from tunesmith.train.train_config import TrainConfig
 LARGEST = {"cpu": 1024, "cuda": 16384}
 """Tokens of a forward pass at which throughput saturates.
 
-SmolLM2-135M with LoRA on 2 cores, at 512, 1,024 and 1,700 tokens: 364, 389 and 378 tokens a second with
-AVX512-BF16, where each 1,000 tokens take 0.7 GB. In fp32 they take 1.1 GB.
+SmolLM2-135M with LoRA on 2 cores with AVX512-BF16: 364, 389 and 378 tokens a second at 512, 1,024 and 1,700
+tokens. In fp32 each 1,000 tokens keep 0.7 GB for the backward pass.
 """
 
 DEFAULT = {"cpu": LARGEST["cpu"], "cuda": 2048}
