@@ -44,7 +44,7 @@ def write_long_rows(file: Path, length: int, count: int) -> None:
     """Rows that are cut at ``length`` tokens, and would be longer."""
     from tunesmith.data.read import builtin
 
-    text = "\n".join(str(row["output"]) for row, _ in builtin.rows("builtin:docstrings"))
+    text = "\n".join(str(text) for row, _ in builtin.rows("builtin:docstrings") for text in row.values())
     size = length * 8  # characters: more than ``length`` tokens of English
     with file.open("w", encoding="utf-8") as out:
         for number in range(count):

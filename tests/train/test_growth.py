@@ -30,6 +30,7 @@ def test_memory_stays_level_over_three_hundred_steps(tmp_path: Path) -> None:
     assert np.polyfit(range(SETTLED, STEPS), memory[SETTLED:], 1)[0] < 0.1
 
 
+@pytest.mark.long
 def test_a_step_leaves_no_tensor_in_a_cycle(tmp_path: Path) -> None:
     """The program looks for cycles rarely (``cli.main.NEW_OBJECTS``), so they must hold no memory."""
     found: list[list[tuple[int, ...]]] = []
