@@ -23,7 +23,7 @@ from tunesmith.metrics import metric_names, squad
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Three models: a base, the base trained to memorise the rows, and a copy of the base."""
-    folder = tmp_path_factory.mktemp("compare")
+    folder = tmp_path_factory.mktemp("two_models")
     made = recipe(folder, count=12, max_steps=30, learning_rate=1e-2, save_steps=30)
     tunesmith.train(made, out=folder / "run")
     base = made["model"]
@@ -177,6 +177,7 @@ def test_the_command_prints_the_verdict_first_and_writes_the_page(folder, tmp_pa
     assert printed.startswith(f"{folder / 'run'} is better than {base}: loss")
     page = (out / "compare.html").read_text()
     assert "is better than" in page and "Rows that got better most" in page and "<script" not in page
+    assert f">{folder / 'run'}</th>" in page
     assert json.loads((out / "figures.json").read_text())["pairs"][0]["better"] == str(folder / "run")
 
 
