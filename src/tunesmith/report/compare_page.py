@@ -18,7 +18,7 @@ from tunesmith.report.task_page import Picture, Piece
 from tunesmith.runs.figure_format import count, label, number
 
 _WORDS = {True: "better", False: "worse", None: "no difference seen"}
-"""Whether a figure got better; ``t`` has them in the language of the page."""
+"""A word for each verdict on a figure, True = it got better; ``t`` translates it into the language of the page."""
 
 
 def write(folder: str | Path, result: JsonObject) -> Path:

@@ -63,7 +63,7 @@ class DecodeStep:
     panels: Mapping[int, Tensor] = field(default_factory=dict)
     """Copies of the matrices, by id, laid out as kernels_products.c says; empty if these are read as they are."""
     weights: DecodeWeights = "stored"
-    """What the copies hold: the numbers of the matrices in bf16, or these rounded to int8."""
+    """The numbers in the copies: those of the matrices in bf16, or these rounded to int8."""
 
     @property
     def matrices(self) -> list[Tensor]:

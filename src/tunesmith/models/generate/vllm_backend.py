@@ -77,7 +77,7 @@ class Vllm:
         self.stop = stop_ids(network, tokenizer)
         self.window = context_window(network.config) or 10**9
         self.identity = identity
-        """What the answers depend on, as plain JSON."""
+        """The settings that the answers depend on, as plain JSON."""
         self.timing = Timing()
         """Tokens, and seconds of everything in ``decode_seconds``: vLLM does not tell them apart."""
 
