@@ -102,7 +102,7 @@ class Vllm:
         return Row.begin(request, token_limit(request, self.window), self.stop, self.tokenizer)
 
     def _sampled(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Sampled]]:
-        """Yield what vLLM samples for each row, in any order. A row that has ended needs no token."""
+        """Yield what vLLM samples for each row, in any order. Every subclass writes it. A row that has ended needs no token."""
         raise NotImplementedError
 
     def _answer(self, row: Row, sampled: Sampled) -> Answer:
