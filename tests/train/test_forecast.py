@@ -144,9 +144,38 @@ def test_the_first_thing_that_is_run_is_the_heaviest_micro_batch(packing, tmp_pa
     del made["train"]["max_steps"]
     made["data"]["eval"] = {"fraction": 0.2}
     tried = small_machine(monkeypatch, 10**6)
+    tunesmith.train(made, out=tmp_path / "ample")
+    steps = tried.copy()
+    monkeypatch.setattr(memory_budget, "AMPLE", float("inf"))
+    tried.clear()
     tunesmith.train(made, out=tmp_path / "run")
     assert max(tried) == max(tried[:4]), "the route's trial takes two passes, the shortest row one"
     assert len(tried) > 8
+    assert sorted(tried) == sorted([*steps, max(steps)]), "with ample memory the first step is the trial"
+    assert history(tmp_path / "ample") == history(tmp_path / "run")
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_micro_batch_is_not_tried_whose_upper_bound_is_a_third_of_the_free_memory(missing, monkeypatch):
+    """The short row: 10 tokens and 100 bytes, 20 of them gradients. The heaviest micro-batch: one row of 40 tokens."""
+    sizes, tried = np.array([40, 10]), []
+    data = Listed([{"input_ids": np.zeros(size, np.int32)} for size in sizes], ["long", "short"])
+    step = Step(1, data, np.arange(2), sft.Objective(sft.Config()).collate)
+    masters, config = SimpleNamespace(size=5, share=1), SimpleNamespace(optim_name="sgd")
+    update = SimpleNamespace(masters=masters, optimizer=SimpleNamespace(state={}))
+    source = SimpleNamespace(preview=lambda most: [step])
+    job = SimpleNamespace(source=source, layout=PACKED, budget=40, update=update, config=config, device=torch.device("cpu"))
+
+    def passed(job, step, places):
+        tried.append(int(sizes[places].sum()))
+        return memory_budget.Pass(tried[-1], 1.0, 1000, 1000 + 10 * tried[-1])
+
+    monkeypatch.setattr(memory_budget, "_pass", passed)
+    bound = 20 + 80 * 4 * 4  # four times as many tokens, in a row that is four times as long
+    memory = memory_budget.measure_memory(job, 1000 + 3 * (bound + 5 * 4) - missing, bound_suffices=True)
+    assert tried == ([10, 40] if missing else [10])
+    assert memory.peak == 1000 + 5 * 4 + (400 if missing else bound)
+    assert memory_budget.measure_memory(job, 10**9).peak == 1420, "a measured check tries it on every machine"
 
 
 def test_the_heaviest_is_found_in_a_run_too_long_to_be_looked_at_whole(tmp_path, monkeypatch):
@@ -155,6 +184,7 @@ def test_the_heaviest_is_found_in_a_run_too_long_to_be_looked_at_whole(tmp_path,
     long = [*rows(12), {"prompt": "long:" + " fox" * 60, "completion": " x"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, long)))
     made["train"]["max_steps"] = 13
+    monkeypatch.setattr(memory_budget, "AMPLE", float("inf"))
     tried = small_machine(monkeypatch, 10**6)
     tunesmith.train(made, out=tmp_path / "run")
     assert max(tried) == max(tried[:4])
@@ -170,7 +200,7 @@ def test_the_error_of_a_run_above_the_memory_limit_names_the_excess_and_settings
 
 
 def line(heaviest, per_token, pending=0):
-    return memory_budget.Memory(memory_budget.Pass(heaviest, 1.0, 10_000 + int(heaviest * per_token)), per_token, pending)
+    return memory_budget.Memory(memory_budget.Pass(heaviest, 1.0, 0, 10_000 + int(heaviest * per_token)), per_token, pending)
 
 
 def one_row_of(tokens):
@@ -188,7 +218,7 @@ def test_auto_takes_what_fits_and_counts_the_optimiser(tmp_path, monkeypatch):
     job.source = one_row_of(300)
     job.config = type("C", (), {"gradient_checkpointing": False})()
     job.device = torch.device("cpu")
-    monkeypatch.setattr(memory_budget, "measure_memory", lambda job, limit: line(job.budget, 10.0, 1000))
+    monkeypatch.setattr(memory_budget, "measure_memory", lambda job, *given: line(job.budget, 10.0, 1000))
     memory_budget.settle(job, automatic=True, limit=20_000)
     assert job.budget == 640, "700, down to a multiple of 64"
     job.budget = 2048
@@ -231,7 +261,7 @@ def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
     job.budget, job.device, job.layout = 2048, torch.device("cpu"), PACKED
     job.source = one_row_of(100)
     monkeypatch.setattr(memory_budget.distributed, "gather", gather)
-    monkeypatch.setattr(memory_budget, "measure_memory", lambda job, limit: line(job.budget, 10.0))
+    monkeypatch.setattr(memory_budget, "measure_memory", lambda job, *given: line(job.budget, 10.0))
     memory_budget.settle(job, automatic=True, limit=10**9)
     assert heard[-1] == 256 and job.budget == 249
 

@@ -1,7 +1,8 @@
 """Find the micro-batch size that fits into memory, by trying the heaviest micro-batch before the first step.
 
 Two passes of different size measure the bytes per token. A run that exceeds the memory limit stops in its
-first seconds, and its error names a size that fits. ``micro_batch_tokens: auto`` takes that size.
+first seconds, and its error names a size that fits. ``micro_batch_tokens: auto`` takes that size. A run that
+needs far less than the limit skips the second pass, which takes seconds on a CPU: its first step is the trial.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ SMALLEST = 64
 """Smallest token budget that ``auto`` chooses. It rounds every budget down to a multiple of this number."""
 SHARE = 0.9
 """Share of the memory limit that ``auto`` may use. Evaluations, saving and other work need the rest."""
+AMPLE = 3
+"""The heaviest micro-batch is not tried if this many times the upper bound of its memory is free."""
 
 STATE_BYTES = {
     "adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 4.0,
@@ -56,6 +59,8 @@ class Pass:
     tokens: int
     """Padding included."""
     seconds: float
+    before: int
+    """Bytes of the process before the pass."""
     peak: int
     """Peak bytes of the process during the pass."""
 
@@ -91,8 +96,11 @@ def first_budget(config: TrainConfig, device: torch.device) -> int:
     return of_device.get(device.type, of_device["cpu"])
 
 
-def measure_memory(job: Job, limit: int) -> Memory:
+def measure_memory(job: Job, limit: int, bound_suffices: bool = False) -> Memory:
     """Try one short row, then the heaviest micro-batch of the run under ``job.budget``.
+
+    ``bound_suffices``: do not try the heaviest one if the short row shows that memory is ample (see ``AMPLE``);
+    ``heaviest`` then holds the upper bound.
 
     On a CPU the operating system kills a process that takes too much memory. So the first rows of a large
     micro-batch are tried first. If they predict more than ``limit`` bytes, the whole micro-batch is not
@@ -111,12 +119,19 @@ def measure_memory(job: Job, limit: int) -> Memory:
     state_bytes = STATE_BYTES[job.config.optim_name]
     pending = 0 if allocated else int(masters.size * masters.share * state_bytes)
     tokens, part = step.tokens(places, job.layout), _first_rows(job, step, places)
+    if bound_suffices and job.device.type == "cpu":
+        longest = max(int(one.lengths.max()) for one in steps)
+        gradients = int(4 * masters.size * masters.share)
+        bound = _upper_bound(small, gradients, tokens, longest / int(steps[0].lengths[shortest]))
+        if AMPLE * (bound.peak - bound.before + pending) <= limit - bound.before:
+            return Memory(bound, (bound.peak - bound.before) / tokens, pending)
     if job.device.type == "cpu" and tokens > 2 * step.tokens(part, job.layout):
         tried = _pass(job, step, part)
         per_token = _slope(small, tried)
         peak = int(tried.peak + (tokens - tried.tokens) * per_token)
         if peak + pending > limit:
-            return Memory(Pass(tokens, tried.seconds * tokens / tried.tokens, peak), per_token, pending)
+            seconds = tried.seconds * tokens / tried.tokens
+            return Memory(Pass(tokens, seconds, tried.before, peak), per_token, pending)
     large = _pass(job, step, places)
     return Memory(large, _slope(small, large), pending)
 
@@ -125,6 +140,21 @@ def _slope(small: Pass, large: Pass) -> float:
     """Return the bytes of each additional token."""
     tokens = large.tokens - small.tokens
     return max(0.0, (large.peak - small.peak) / tokens) if tokens > 0 else 0.0
+
+
+def _upper_bound(small: Pass, gradients: int, tokens: int, times_longer: float) -> Pass:
+    """Return an upper bound of a pass over ``tokens`` tokens, from the pass over one short row.
+
+    ``gradients``: their bytes, which are the same for any number of tokens. Everything else that the short row
+    needed is taken for memory that grows with the square of a row's length, as the weights of attention do:
+    at least a quarter of its bytes, because a parameter that takes no part has no gradient. ``times_longer``:
+    length of the longest row, divided by that of the short one.
+    """
+    times = tokens / small.tokens * max(1.0, times_longer)
+    needed = max(0, small.peak - small.before)
+    growing = max(needed - gradients, needed / 4)
+    peak = small.before + int(needed + growing * (times - 1))
+    return Pass(tokens, small.seconds * times, small.before, peak)
 
 
 def _first_rows(job: Job, step: Step, places: list[int]) -> list[int]:
@@ -137,12 +167,13 @@ def _first_rows(job: Job, step: Step, places: list[int]) -> list[int]:
 
 def _pass(job: Job, step: Step, places: list[int]) -> Pass:
     kernels.return_freed_memory()
+    before = machine.memory_bytes()
     with machine.PeakWatch(job.device) as watch:
         started = time.perf_counter()
         loop.rehearse(job, step, places)
         machine.synchronize(job.device)
         seconds = time.perf_counter() - started
-    return Pass(step.tokens(places, job.layout), seconds, watch.peak)
+    return Pass(step.tokens(places, job.layout), seconds, before, watch.peak)
 
 
 def limit_bytes(device: torch.device) -> int:
@@ -172,14 +203,14 @@ def check_weights(ready: setup.Setup, limit: int) -> None:
         )
 
 
-def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
-    """Try the heaviest micro-batch and return its memory.
+def settle(job: Job, automatic: bool, limit: int | None = None, bound_suffices: bool = False) -> Memory:
+    """Try the heaviest micro-batch and return its memory. ``bound_suffices``: see ``measure_memory``.
 
     With ``automatic``, lower ``job.budget`` so that the process stays within ``SHARE`` of ``limit`` bytes.
     Raises RecipeError with the missing bytes and the remedies when the run exceeds the limit.
     """
     limit = limit_bytes(job.device) if limit is None else limit
-    memory = measure_memory(job, limit)
+    memory = measure_memory(job, limit, bound_suffices)
     longest = longest_row(job)
     # all processes must decide on the same numbers: those of the process with the least free memory
     mine = (memory.peak - SHARE * limit, memory.tokens_within(int(SHARE * limit)), job.budget)

@@ -18,7 +18,7 @@ def rehearse(run: Run, job: Job, position: Progression, started: float) -> float
     progress.doing("trying the heaviest micro-batch")
     first = job.budget
     automatic = job.config.micro_batch_tokens == "auto" and not position.micro_batch_tokens
-    memory_budget.settle(job, automatic)
+    memory_budget.settle(job, automatic, bound_suffices=True)
     if automatic or job.budget < first:
         progress.note(
             f"micro-batches of at most {job.budget:,} tokens fit into memory; the result is the same for any size"
