@@ -41,10 +41,11 @@ def clocked(words: list[str], began: float) -> None:
     """Run the command line in this process until its first step. ``began``: when the process was started."""
     found: list[tuple[str, float]] = [("Python", time.time() - began)]
     mark = time.time()
-    from tunesmith.cli import main
+    from tunesmith.cli import garbage_collection, main
 
-    gc.set_threshold(main.NEW_OBJECTS)  # as the program does
-    from tunesmith.train import loop, run  # noqa: F401
+    gc.set_threshold(garbage_collection.NEW_OBJECTS)  # as the program does
+    with garbage_collection.imports():
+        from tunesmith.train import loop, run  # noqa: F401
 
     found.append(("imports", time.time() - mark))
     inner = [0.0]

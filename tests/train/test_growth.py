@@ -32,7 +32,7 @@ def test_memory_stays_level_over_three_hundred_steps(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_step_leaves_no_tensor_in_a_cycle(tmp_path: Path) -> None:
-    """The program looks for cycles rarely (``cli.main.NEW_OBJECTS``), so they must hold no memory."""
+    """The program looks for cycles rarely (``cli.garbage_collection``), so they must hold no memory."""
     found: list[list[tuple[int, ...]]] = []
 
     def collect(record: object) -> None:

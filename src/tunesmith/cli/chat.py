@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli import adapter_flag, options
+from tunesmith.cli import adapter_flag, garbage_collection, options
 from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.cli.sampling_flags import SamplingFlags, with_flags
 from tunesmith.errors import UserError
@@ -49,12 +49,13 @@ def chat(
     message, /adapter NAME switches to an adapter of --adapter (base: none), /help lists the commands, /exit ends.
     Ctrl-C stops an answer and keeps what there is of it; Ctrl-D ends.
     """
-    from tunesmith.data.encode.templates import apply_template
-    from tunesmith.models.adapters.adapter_set import load_adapters
-    from tunesmith.models.generate import decode
-    from tunesmith.models.generate.engine import Engine
-    from tunesmith.models.load.compute_dtype import cast_and_move
-    from tunesmith.models.load.load import load
+    with garbage_collection.imports():
+        from tunesmith.data.encode.templates import apply_template
+        from tunesmith.models.adapters.adapter_set import load_adapters
+        from tunesmith.models.generate import decode
+        from tunesmith.models.generate.engine import Engine
+        from tunesmith.models.load.compute_dtype import cast_and_move
+        from tunesmith.models.load.load import load
 
     kwargs = options.parse_template_kwargs(template_kwarg)
     folders = adapter_flag.with_adapter_of_model(model, adapter_flag.parse_adapters(adapter or []))

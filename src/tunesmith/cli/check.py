@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import options
+from tunesmith.cli import garbage_collection, options
 from tunesmith.cli.output import console, print_result, print_stderr
 from tunesmith.data.row_problems import shorten
 from tunesmith.errors import UserError
@@ -30,8 +30,9 @@ def check(
         raise UserError("--memory needs --measure and GB above 0: tunesmith check --measure --memory 8 ...")
     checked = load(recipe, overrides or (), print_stderr)
 
-    from tunesmith import machine
-    from tunesmith.train import run
+    with garbage_collection.imports():
+        from tunesmith import machine
+        from tunesmith.train import run
 
     def print_known(facts: JsonObject) -> None:
         if not as_json:  # under --json there is one object, at the end

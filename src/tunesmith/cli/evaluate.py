@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from tunesmith.cli import options
+from tunesmith.cli import garbage_collection, options
 from tunesmith.cli.answer_progress import counts
 from tunesmith.cli.output import filled_columns, print_result, print_stderr
 from tunesmith.errors import UserError
@@ -85,8 +85,9 @@ def evaluate(
         raise UserError(f"{missing}.\n  Type: tunesmith evaluate {model} --data FILE, or --harness TASK")
     columns, kwargs = options.parse_columns(column), options.parse_template_kwargs(template_kwarg)
 
-    from tunesmith.evaluate import evaluate_model
-    from tunesmith.evaluate.evaluate_options import EvaluateOptions
+    with garbage_collection.imports():
+        from tunesmith.evaluate import evaluate_model
+        from tunesmith.evaluate.evaluate_options import EvaluateOptions
 
     chosen = EvaluateOptions(
         objective=objective, format=format, columns=columns or None, separator=separator, template=template,

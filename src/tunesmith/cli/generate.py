@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith import __version__
-from tunesmith.cli import adapter_flag, options
+from tunesmith.cli import adapter_flag, garbage_collection, options
 from tunesmith.cli.answer_progress import AnswerProgress
 from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.cli.sampling_flags import SamplingFlags, with_flags
@@ -113,7 +113,9 @@ def generate(
             asked_from |= {"adapters": labels, "adapter_column": adapter_column}
 
     from tunesmith.data.encode.templates import apply_template
-    from tunesmith.evaluate.answer_prompts import Queue
+
+    with garbage_collection.imports():
+        from tunesmith.evaluate.answer_prompts import Queue
 
     facts: JsonObject = {"model": model}
     if engine is None and served_model is None:

@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from tunesmith import __version__, files
-from tunesmith.cli import output
+from tunesmith.cli import garbage_collection, output
 from tunesmith.errors import TunesmithError, UserError
 
 if TYPE_CHECKING:
@@ -154,14 +154,9 @@ def exit_program(code: int) -> NoReturn:
     sys.exit(code)
 
 
-NEW_OBJECTS = 50_000
-"""Objects that are made before Python looks for unreachable cycles among them. With its default of 700 a fifth of
-the time to import torch and transformers goes into these searches."""
-
-
 def program() -> NoReturn:
     """Entry point of the command ``tunesmith``."""
-    gc.set_threshold(NEW_OBJECTS)
+    gc.set_threshold(garbage_collection.NEW_OBJECTS)
     exit_program(main())
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import RenderableType
 
-from tunesmith.cli import options
+from tunesmith.cli import garbage_collection, options
 from tunesmith.cli.output import console, filled_columns, print_result, print_stderr
 from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import duration, is_number, label, number
@@ -42,7 +42,8 @@ def pipeline(
 
     # read before the import of torch, which takes seconds
     read = pipeline_file.read(file, (out or Path("runs") / file.stem).resolve(), overrides or ())
-    from tunesmith.pipeline import run_stages
+    with garbage_collection.imports():
+        from tunesmith.pipeline import run_stages
 
     facts = run_stages.run_pipeline(
         read, first=first, last=last, dry_run=dry_run, console=console(), note=print_stderr

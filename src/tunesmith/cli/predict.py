@@ -12,7 +12,7 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tunesmith import files
-from tunesmith.cli import options
+from tunesmith.cli import garbage_collection, options
 from tunesmith.cli.output import console, json_line, print_result, print_stderr
 from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
@@ -57,7 +57,8 @@ def write_predictions(
     columns = options.parse_columns(column) or None
     check_new_file(out)
 
-    from tunesmith.evaluate import predict as engine
+    with garbage_collection.imports():
+        from tunesmith.evaluate import predict as engine
 
     print_stderr(f"loading {model}")
     notes: list[str] = []

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli import options
+from tunesmith.cli import garbage_collection, options
 from tunesmith.cli.output import console, filled_columns, print_result, print_stderr
 from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import change_text, number, size
@@ -43,8 +43,9 @@ def train(
     try:
         print_stderr(brief(checked))
 
-        from tunesmith import machine
-        from tunesmith.train import run
+        with garbage_collection.imports():
+            from tunesmith import machine
+            from tunesmith.train import run
 
         outcome = run.train(
             checked,
