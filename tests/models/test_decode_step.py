@@ -17,7 +17,7 @@ from tests.tiny import tiny_model
 from tunesmith import machine
 from tunesmith.models.fast import kernels
 from tunesmith.models.generate import forward_passes
-from tunesmith.models.generate.decode_step import FEW_ROWS, decode_step
+from tunesmith.models.generate.decode_step import KERNEL_ROWS, decode_step
 from tunesmith.models.generate.forward_passes import SlotPass
 from tunesmith.models.generate.slot_cache import Piece, attend
 
@@ -196,23 +196,24 @@ def test_a_step_that_differs_is_switched_off_and_reported(monkeypatch: pytest.Mo
     assert torch.allclose(answered[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("few", KERNEL_ROWS)
 @torch.inference_mode()
-def test_many_rows_are_compared_as_few_rows_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are laid out in another way, so that one comparison does not cover the other."""
+def test_many_rows_are_compared_as_few_rows_were(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are multiplied in another way, so that one comparison does not cover the other."""
     notes: list[str] = []
-    run = filled(tiny_model("llama"), (3,) * (FEW_ROWS + 1))
+    run = filled(tiny_model("llama"), (3,) * (few + 1))
     run.note = notes.append
-    run([Piece([7], slot + 1, 3) for slot in range(FEW_ROWS)])
+    run([Piece([7], slot + 1, 3) for slot in range(few)])
     assert run.step is not None
     run.step = replace(run.step, scale=3 * run.step.scale)
     run.forget()
-    run([Piece([7], slot + 1, 4) for slot in range(FEW_ROWS)])
+    run([Piece([7], slot + 1, 4) for slot in range(few)])
     assert run.step is not None and not notes
-    run([Piece([7], slot + 1, 5) for slot in range(FEW_ROWS + 1)])
+    run([Piece([7], slot + 1, 5) for slot in range(few + 1)])
     assert run.step is None and "differ by" in notes[0]
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 13, 30, 45, 64, 100])
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 13, 15, 16, 24, 30, 45, 64, 100])
 @torch.inference_mode()
 def test_a_row_is_what_it_is_alone_in_bf16(rows: int) -> None:
     """Every layout of rows, whole and in part, against fp32 arithmetic on the same weights and rounded activations."""

@@ -2,7 +2,7 @@
  * for each type of weights. Sums are fp32. No copy of the weights is made, because they change between steps of
  * training, and because a step takes at least the time of reading them once.
  *
- * At most FEW rows lie one after another, and a product runs along the inputs. More rows lie side by side: one
+ * At most ALONG rows lie one after another, and a product runs along the inputs. More rows lie side by side: one
  * register holds the same input of LANES rows, and is multiplied by one weight that is broadcast to all lanes. The
  * rows are padded with zeros. Inputs are `A`: bf16 where the processor multiplies pairs of bf16 and adds them in
  * fp32 (PAIRS), else fp32.
@@ -34,14 +34,32 @@ typedef uint32_t VI8 __attribute__((vector_size(32)));
 #define PAIRS_mixed 0
 #define PAIRS_int8_f32 0
 #define PAIRS_int8_bf16 PAIRS_bf16
+#define ALONG_f32 FEW
 #define HALF_f32 0
 #define HALF_bf16 1
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define PAIRS_bf16 1
+#define ALONG_bf16 15 /* a product along the inputs reads the weights once for MANY rows */
+#define MANY 8
 INLINE V pairs_add(V sum, VI a, VI b) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 INLINE V8 pairs_add_8(V8 sum, VI8 a, VI8 b) { return (V8)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b); }
+/* The sums of 16 registers, each in the lane of its number. */
+INLINE V sums_of_16(const V *x) {
+    __m512 parts[4];
+    UNROLL for (int i = 0; i < 4; i++) { /* part j of parts[i]: four partial sums of register 4 j + i */
+        __m512 a = (__m512)x[i], b = (__m512)x[4 + i], c = (__m512)x[8 + i], d = (__m512)x[12 + i];
+        a = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+        c = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+        parts[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xDD));
+    }
+    UNROLL for (int i = 0; i < 4; i += 2)
+        parts[i] = _mm512_add_ps(_mm512_unpacklo_ps(parts[i], parts[i + 1]), _mm512_unpackhi_ps(parts[i], parts[i + 1]));
+    __m512d a = (__m512d)parts[0], b = (__m512d)parts[2];
+    return (V)_mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+}
 #else
 #define PAIRS_bf16 0
+#define ALONG_bf16 FEW
 #endif
 /* LANES numbers of int8, widened to fp32. */
 INLINE V widen_int8(const int8_t *w) {
@@ -114,9 +132,10 @@ void largest_and_logsumexp(const float *logits, i64 *largest, float *logsumexp, 
 #define PANEL (2 * LANES)
 #define TALL (LANES == 16 ? 12 : 6)
 #define GROUP (8 * TALL) /* rows whose outputs are transposed at once */
-/* Bytes of a panel that are fetched before they are needed. One or two rows read a panel faster than that: the
+/* Bytes of weights that are fetched before they are needed. One or two rows read weights faster than that: the
  * processor's own prefetching is then disturbed (an AMD Zen 4 core read 19 instead of 24 GB/s). From three rows on, it
- * ends before the panel is multiplied (8 rows took 46 instead of 27 ms). */
+ * ends before the weights are multiplied (8 rows took 46 instead of 27 ms with panels, and 23 instead of 16 ms without
+ * in bf16, where half the distance took 19). */
 #define AHEAD 4096
 #define WAITS(rows) ((rows) > 2)
 
@@ -150,7 +169,7 @@ void pack_panels(const float *w, uint32_t *panels, i64 outputs, i64 in, i64 *exa
 }
 /* Rows with their padding: how many numbers lie side by side. */
 static inline i64 padded_rows(i64 rows) {
-    return rows <= FEW ? rows : rows <= 8 || LANES == 8 ? (rows + 7) / 8 * 8 : (rows + 15) / 16 * 16;
+    return (rows + 7) / 8 * 8;
 }
 #else
 
@@ -283,26 +302,27 @@ static void F(dots)(const W *w, i64 in, i64 count, const A *x, i64 wide, float *
 
 /* The same for a factor of a LoRA, which lies as it is stored. */
 static void F(factor_dots)(const T *w, i64 in, i64 count, const A *x, i64 wide, float *out) {
-    for (i64 r = 0; r < wide; r += FEW) FT(dots_along)(w, in, count, x + r * in, wide - r < FEW ? wide - r : FEW, out + r, wide, 1);
+    for (i64 r = 0; r < wide; r += FEW) FT(dots_along)(w, in, count, x + r * in, wide - r < FEW ? wide - r : FEW, out + r, wide, 1, 0);
 }
 #undef AT_ONCE
 #else
 #define LINE(in) (in)
-#define WIDE(rows) padded_rows(rows)
+#define IS_ALONG(rows) ((rows) <= JOIN(ALONG, SUFFIX))
+#define WIDE(rows) (IS_ALONG(rows) ? (rows) : padded_rows(rows))
 #define UNIT 8
-#define OUTPUTS(wide) ((wide) > FEW ? CHUNK : FEW_CHUNK)
+#define OUTPUTS(wide) (IS_ALONG(wide) ? FEW_CHUNK : CHUNK)
 #define factor_dots_f32 dots_f32
 #define factor_dots_bf16 dots_bf16
 
 /* The place of input `f` of row `r` among `wide` rows of `in` inputs. */
 INLINE i64 F(input_at)(i64 f, i64 r, i64 in, i64 wide) {
-    if (wide <= FEW) return r * in + f;
+    if (IS_ALONG(wide)) return r * in + f;
     return JOIN(PAIRS, SUFFIX) ? ((f >> 1) * wide + r) * 2 + (f & 1) : f * wide + r;
 }
 
 /* Store `count` (even, or the last) inputs from `first` on, given as (count, wide). */
 static void F(store_inputs)(const float *from, i64 first, i64 count, A *to, i64 in, i64 wide) {
-    if (wide <= FEW) {
+    if (IS_ALONG(wide)) {
         EACH(r, wide) EACH(f, count) to[r * in + first + f] = A_PUT(from[f * wide + r]);
         return;
     }
@@ -329,12 +349,15 @@ INLINE V F(read)(const W *w) {
 #endif
 }
 
-/* out[i * w_stride + r * x_stride] = w row i . x row r, for `tall` rows of w, `gap` apart, and `rows` of x. */
-INLINE void F(along)(const W *w, i64 gap, i64 in, const A *x, float *out, i64 w_stride, i64 x_stride, int tall, int rows) {
+/* out[i * w_stride + r * x_stride] = w row i . x row r, for `tall` rows of w, `gap` apart, and `rows` of x. What lies
+ * `ahead` of each number of w is fetched, if that is not 0. */
+INLINE void F(along)(const W *w, i64 gap, i64 in, const A *x, float *out, i64 w_stride, i64 x_stride, i64 ahead, int tall,
+                     int rows) {
     V sums[2][FEW] = {{{0}}};
     i64 k = 0;
     for (; k + STEP <= in; k += STEP)
         UNROLL for (int i = 0; i < tall; i++) UNROLL for (int r = 0; r < rows; r++) {
+            if (!r && ahead) __builtin_prefetch(w + i * gap + k + ahead, 0, 2);
 #if JOIN(PAIRS, SUFFIX)
             VI inputs, weights;
             memcpy(&weights, w + i * gap + k, sizeof(VI));
@@ -355,17 +378,73 @@ INLINE void F(along)(const W *w, i64 gap, i64 in, const A *x, float *out, i64 w_
 
 /* The same for `count` rows of w and `rows` <= FEW rows of x. w is read as two streams, each in the order of memory:
  * four neighbouring rows at once are read at less than half the speed (11 instead of 27 GB/s on an AMD Zen 4 core). */
-static void F(dots_along)(const W *w, i64 in, i64 count, const A *x, i64 rows, float *out, i64 w_stride, i64 x_stride) {
+static void F(dots_along)(const W *w, i64 in, i64 count, const A *x, i64 rows, float *out, i64 w_stride, i64 x_stride,
+                          i64 ahead) {
     i64 half = count / 2;
-#define ALONG(rows)                                                                                               \
-    EACH(i, half) F(along)(w + i * in, half * in, in, x, out + i * w_stride, half * w_stride, x_stride, 2, rows); \
-    if (count % 2) F(along)(w + 2 * half * in, 0, in, x, out + 2 * half * w_stride, 0, x_stride, 1, rows);
-    if (rows == 1) { ALONG(1) }
-    else if (rows == 2) { ALONG(2) }
-    else if (rows == 3) { ALONG(3) }
-    else { ALONG(4) }
-#undef ALONG
+#define ROWS(rows)                                                                                                       \
+    EACH(i, half) F(along)(w + i * in, half * in, in, x, out + i * w_stride, half * w_stride, x_stride, ahead, 2, rows); \
+    if (count % 2) F(along)(w + 2 * half * in, 0, in, x, out + 2 * half * w_stride, 0, x_stride, ahead, 1, rows);
+    if (rows == 1) { ROWS(1) }
+    else if (rows == 2) { ROWS(2) }
+    else if (rows == 3) { ROWS(3) }
+    else { ROWS(4) }
+#undef ROWS
 }
+
+#if JOIN(PAIRS, SUFFIX)
+/* The same for two rows of w, whose outputs are `stride` apart, and `rows` <= MANY rows of x: sums of their own keep
+ * the processor busy, and are added up together. */
+INLINE void F(along_many)(const W *w, i64 gap, i64 in, const A *x, float *out, i64 stride, int rows) {
+    V sums[2 * MANY] = {{0}};
+    const W *from[2] = {w, w + gap};
+    const A *at[3]; /* as in TILE */
+    i64 k = 0;
+    UNROLL for (int i = 0; i < 2; i++) HIDE(from[i]);
+    UNROLL for (int j = 0; j < (rows + 2) / 3; j++) { at[j] = x + 3 * j * in; HIDE(at[j]); }
+    for (; k + STEP <= in; k += STEP) {
+        VI weights[2];
+        UNROLL for (int i = 0; i < 2; i++) {
+            memcpy(&weights[i], from[i], sizeof(VI));
+            __builtin_prefetch((const char *)from[i] + AHEAD, 0, 2);
+            from[i] += STEP;
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            VI inputs;
+            memcpy(&inputs, at[r / 3] + r % 3 * in, sizeof(VI));
+            UNROLL for (int i = 0; i < 2; i++) sums[i * MANY + r] = pairs_add(sums[i * MANY + r], weights[i], inputs);
+        }
+        UNROLL for (int j = 0; j < (rows + 2) / 3; j++) at[j] += STEP;
+    }
+    V all = sums_of_16(sums);
+    UNROLL for (int i = 0; i < 2; i++) UNROLL for (int r = 0; r < rows; r++) {
+        float sum = all[i * MANY + r];
+        for (i64 rest = k; rest < in; rest++) sum += GET(w[i * gap + rest]) * A_GET(x[r * in + rest]);
+        out[i * stride + r] = sum;
+    }
+}
+
+/* In functions of their own, because the compiler keeps the sums of several loops in one function in memory. */
+#define ROWS(rows)                                                                                                       \
+    static __attribute__((noinline)) void F(along_##rows)(const W *w, i64 gap, i64 in, const A *x, float *out, i64 stride) { \
+        F(along_many)(w, gap, in, x, out, stride, rows);                                                                 \
+    }
+ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
+#undef ROWS
+
+/* out (count, wide) = w (count, in) x^T for more than FEW rows of x, which lie one after another. Each pair of rows of
+ * w stays in the cache while groups of about equally many rows of x are multiplied by it. */
+static void F(dots_along_many)(const W *w, i64 in, i64 count, const A *x, i64 wide, float *out) {
+    i64 half = count / 2, groups = (wide + MANY - 1) / MANY, part = (wide + groups - 1) / groups;
+#define ROWS(rows) case rows: F(along_##rows)(w + at * in, gap * in, in, x + r * in, out + at * wide + r, gap * wide); break;
+    EACH(i, half + count % 2) { /* the last row of an odd number is computed twice */
+        i64 at = i < half ? i : count - 1, gap = i < half ? half : 0;
+        for (i64 r = 0; r < wide; r += part) switch (r + part < wide ? part : wide - r) {
+            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
+        }
+    }
+#undef ROWS
+}
+#endif
 
 /* out[i * wide + r] = w row i . x row r, for `tall` rows of w and `vectors` vectors of rows, which lie side by side. */
 #if JOIN(PAIRS, SUFFIX)
@@ -446,12 +525,18 @@ void F(pack_int8)(const T *w, int8_t *panels, i64 outputs, i64 in) {
 }
 
 /* out (count, wide) = w (count, in) x^T for inputs as store_inputs leaves them; wide = padded_rows(rows). `in` is even
- * unless wide <= FEW. */
+ * unless the rows lie one after another. */
 static void F(dots)(const W *w, i64 in, i64 count, const A *x, i64 wide, float *out) {
     if (wide <= FEW) {
-        F(dots_along)(w, in, count, x, wide, out, wide, 1);
+        F(dots_along)(w, in, count, x, wide, out, wide, 1, WAITS(wide) ? AHEAD / (i64)sizeof(W) : 0);
         return;
     }
+#if JOIN(PAIRS, SUFFIX)
+    if (IS_ALONG(wide)) {
+        F(dots_along_many)(w, in, count, x, wide, out);
+        return;
+    }
+#endif
     /* the last tile begins early enough to be whole; what it computes again is equal */
 #define TILES(name, tall, vectors, lanes)                                                                           \
     {                                                                                                               \

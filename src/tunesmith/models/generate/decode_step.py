@@ -27,8 +27,8 @@ from tunesmith.models.network import attribute, has_attributes, sliding_window, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FEW_ROWS = 4
-"""With more rows, the C step lays them out side by side (FEW in kernels_products.c)."""
+KERNEL_ROWS = (4, 15)
+"""With more rows than each, the C step multiplies in another way (FEW and ALONG in kernels_products.c)."""
 PANEL = 32
 """Copies have room for a multiple of so many outputs: the larger PANEL of kernels_products.c."""
 SCALE_BYTES = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.generate import slot_cache
-from tunesmith.models.generate.decode_step import FEW_ROWS, DecodeStep, DecodeWeights, decode_step
+from tunesmith.models.generate.decode_step import KERNEL_ROWS, DecodeStep, DecodeWeights, decode_step
 from tunesmith.models.generate.int8_weights import int8_forward
 from tunesmith.models.generate.row_adapters import ACTIVE, CannotStack, RowAdapters
 from tunesmith.models.generate.slot_cache import CannotUseSlots, Piece, SlotCache
@@ -73,9 +74,9 @@ class SlotPass:
         self.step = decode_step(core)
         self.packed_step: DecodeStep | None = None
         """The step with copies of the weights as they are now: in bf16 where these lose nothing, or in int8."""
-        self.checked_steps = set[tuple[bool, bool, bool, bool]]()
-        """The kinds of C steps that were compared with the model's own forward: many rows, LoRAs, several of them,
-        copies of the weights."""
+        self.checked_steps = set[tuple[int, bool, bool, bool]]()
+        """The kinds of C steps that were compared with the model's own forward: number of rows (its place in
+        ``KERNEL_ROWS``), LoRAs, several of them, copies of the weights."""
         self.stack_checked = False
         self.can_stack = True
 
@@ -160,7 +161,8 @@ class SlotPass:
         loras = self.adapters.stack(adapters) if self.adapters.layers else None
         keep = loras.keep(adapters) if loras and len({*adapters, *loras.names}) > 1 else None
         self.packed_step = step = self.packed_step or self._packed(step)
-        kind = len(pieces) > FEW_ROWS, loras is not None, keep is not None, bool(step.panels)
+        size = bisect.bisect_left(KERNEL_ROWS, len(pieces))
+        kind = size, loras is not None, keep is not None, bool(step.panels)
         is_new = kind not in self.checked_steps
         with int8_forward(step.linears if is_new and step.weights == "int8" else ()):
             expected = self._forward_of_adapters(pieces) if is_new else None
