@@ -194,7 +194,7 @@ class Shards:
             # DeepSpeed takes the mean over processes; the loop needs the sum
             self.engine.backward(loss * self.world, scale_wrt_gas=False)
 
-    def rehearse(self, loss: torch.Tensor) -> None:
+    def rehearse(self, loss: torch.Tensor, lane: int = 0) -> None:
         # without .grad, which DeepSpeed's hooks would see
         torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
 

@@ -21,11 +21,12 @@ from tunesmith import machine
 from tunesmith.data.batch.pack import PADDED, Layout, to_device
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.json_types import JsonObject
+from tunesmith.models import lanes
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, fused_layers, torch_compile, varlen
 from tunesmith.models.fast.self_check import describe
 from tunesmith.models.heads import lm_head, noise
-from tunesmith.models.network import FORWARD_ERRORS, base
+from tunesmith.models.network import FORWARD_ERRORS, attribute, base
 from tunesmith.objectives import Example, Objective
 from tunesmith.train.parity_check import ParityCheck, without_zeros
 from tunesmith.train.row_check import RowCheck
@@ -87,6 +88,7 @@ class FastPath:
     def as_dict(self) -> JsonObject:
         return {
             "batches": "packed" if self.packed else "padded",
+            "lanes": self.layout.lanes,
             "attention": self.packed_attention if self.packed else self.attention,
             "fused": dict(self.fused.kinds),
             "not_fused": dict(self.fused.rejected),
@@ -167,7 +169,24 @@ def choose(
             chosen.notes.append(f"{consequence}: on the first rows the fast path {found}")
     if not chosen.packed:
         alone.require_padding_ignored()
+    if stack:
+        _add_lanes(chosen)
     return chosen
+
+
+def _add_lanes(chosen: FastPath) -> None:
+    """Let micro-batches go through the network at the same time where its layers are known to keep no state.
+
+    A model's own loss takes what its head receives by a hook, and some rotary embeddings change with the longest row.
+    """
+    model, kinds = chosen.model, chosen.fused.kinds
+    changing = [kind for module in model.modules() if (kind := attribute(module, "rope_type"))]
+    fixed = all(isinstance(kind, str) and kind not in ("dynamic", "longrope") for kind in changing)
+    known = ("attention" in kinds or "encoder attention" in kinds) and not chosen.fused.rejected
+    if chosen.packed and known and fixed and not lm_head.is_plain(model):
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        number = lanes.number(chosen.check.device)
+        chosen.layout = replace(chosen.layout, lanes=number, lane_tokens=lanes.least_tokens(weights))
 
 
 def _tokens(example: Example) -> Sequence[int]:
@@ -305,6 +324,8 @@ def recompute(chosen: FastPath) -> None:
     found = check.compare(expected, check.measure_training(chosen.layout))
     if found is None:
         chosen.recomputed = True
+        # recomputation restores the random numbers of the whole process
+        chosen.layout = replace(chosen.layout, lanes=1)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

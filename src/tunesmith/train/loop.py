@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith import machine
+from tunesmith.data.batch import lane_groups
 from tunesmith.data.batch.pack import Layout, to_device
 from tunesmith.data.batch.step import Micro, Source, Step
 from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError, RewardError
 from tunesmith.json_types import JsonObject
+from tunesmith.models import lanes
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads.noise import RowNoise
 from tunesmith.models.load import finite
@@ -238,7 +240,8 @@ def train_step(job: Job, step: Step) -> dict[str, float]:
 Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """Sum of the loss, and metric -> float64 (2,): [sum, count]; on the device."""
 
-Backward = Callable[[torch.Tensor, bool], None]
+Backward = Callable[[torch.Tensor, bool, int], None]
+"""(loss, whether it is the last of the step, lane) -> None."""
 
 
 def accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward: Backward) -> Sums | int:
@@ -248,24 +251,33 @@ def accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward:
     because a traceback keeps tensors alive. ``halve`` splits that micro-batch for the next attempt, whose
     result is the same.
     """
-    losses: list[torch.Tensor] = []
-    sums: dict[str, torch.Tensor] = {}
-    for number, part in enumerate(micro):
+    failed: list[int] = []
+
+    def run(number: int, lane: int) -> Sums | None:
+        if failed:
+            return None
+        part = micro[number]
         try:
             _set_noise(job, step, part)
             loss, metrics = job.objective.loss(job.model, to_device(part.batch, job.device))
-            backward(loss * 0.0 if part.idle else loss / total, number + 1 == len(micro))
+            backward(loss * 0.0 if part.idle else loss / total, number + 1 == len(micro), lane)
         except (RuntimeError, MemoryError) as error:
             if not machine.is_out_of_memory(error):
                 raise
-            return number
-        if part.idle:
-            continue
-        losses.append(loss.detach())
-        for name, pair in metrics.items():
-            exact = metric_sums.as_pair(*pair, job.device)
-            sums[name] = sums[name] + exact if name in sums else exact
-    return sum(losses, torch.zeros((), device=job.device)), sums
+            failed.append(number)
+            return None
+        pairs = {name: metric_sums.as_pair(*pair, job.device) for name, pair in metrics.items()}
+        return loss.detach(), pairs
+
+    outcomes = lanes.run(run, [part.tokens for part in micro], job.budget, job.layout.lanes)
+    if failed:
+        return min(failed)
+    sums: dict[str, torch.Tensor] = {}
+    busy = [outcome for outcome, part in zip(outcomes, micro, strict=True) if outcome and not part.idle]
+    for _, pairs in busy:
+        for name, pair in pairs.items():
+            sums[name] = sums[name] + pair if name in sums else pair
+    return sum((loss for loss, _ in busy), torch.zeros((), device=job.device)), sums
 
 
 def _set_noise(job: Job, step: Step, micro: Micro) -> None:
@@ -277,11 +289,16 @@ def _set_noise(job: Job, step: Step, micro: Micro) -> None:
 def halve(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro]:
     """Discard the step's gradients and return its micro-batches, the one at index ``number`` split in two.
 
-    Lowers ``job.budget`` to the larger half. Raises OutOfMemoryError when the micro-batch is a single row.
+    Lowers ``job.budget`` to the larger half. One that ran with others at the same time is not split: all of
+    them are grouped again, under half of their tokens. Raises OutOfMemoryError when the micro-batch is a single row.
     """
     job.update.clear_gradients()
     machine.release_memory(job.device)
-    places = micro[number].places
+    places, at_once = micro[number].places, job.layout.lanes
+    tokens = [part.tokens for part in micro]
+    if number >= lane_groups.count_alone(tokens, job.budget, at_once):
+        job.budget = sum(tokens[number : number + at_once]) // 2
+        return _regroup(job, step, [place for part in micro for place in part.places])
     if len(places) == 1:
         raise OutOfMemoryError(
             f"step {step.number}: one row alone ({step.name(places[0])}, {micro[number].lengths[0]} tokens) needs "
@@ -292,14 +309,23 @@ def halve(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro]:
     middle = len(places) // 2
     halves = [step.micro(part, job.layout) for part in (places[:middle], places[middle:])]
     job.budget = min(job.budget, max(half.tokens for half in halves))
+    if at_once > 1:
+        return _regroup(job, step, [place for part in micro for place in part.places])
     return [*micro[:number], *halves, *micro[number + 1 :]]
 
 
+def _regroup(job: Job, step: Step, places: list[int]) -> list[Micro]:
+    """Return the micro-batches of ``places`` under ``job.budget``."""
+    return [step.micro(part, job.layout) for part in step.groups(sorted(places), job.budget, job.layout)]
+
+
 def rehearse(job: Job, step: Step, places: list[int]) -> None:
-    """Run forward and backward of one micro-batch and discard its gradients, to see whether it fits."""
+    """Run forward and backward of the micro-batches of ``places`` and discard their gradients, to see whether they fit.
+
+    Without lanes ``places`` are one micro-batch."""
     job.model.train()
     with machine.fork_rng(job.device):
-        micro = [step.micro(places, job.layout)]
+        micro = [step.micro(places, job.layout)] if job.layout.lanes == 1 else _regroup(job, step, places)
         while isinstance(outcome := accumulate(job, step, micro, 1.0, job.update.rehearse), int):
             micro = halve(job, step, micro, outcome)
     job.update.clear_gradients()

@@ -13,6 +13,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.models.fast import kernels
 from tunesmith.models.load.mapped_files import MappedFiles
 from tunesmith.train import distributed
+from tunesmith.train.lane_gradients import LaneGradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,14 +40,14 @@ class TrainedWeights(Protocol):
     def sampled(self) -> Mapping[str, torch.Tensor]:
         """The fp32 weights of this process, for ``train.update_ratio``: ``share`` of all."""
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradient of ``loss``. ``last``: this is the last one of the step."""
+    def backward(self, loss: torch.Tensor, last: bool, lane: int = 0) -> None:
+        """Add the gradient of ``loss``. ``last``: this is the last one of the step. ``lane``: see ``models.lanes``."""
 
-    def rehearse(self, loss: torch.Tensor) -> None:
-        """Do the work of ``backward`` and discard the gradient."""
+    def rehearse(self, loss: torch.Tensor, lane: int = 0) -> None:
+        """Do the work of ``backward`` for a gradient that ``clear`` discards."""
 
     def norm(self, scale: float) -> torch.Tensor:
-        """Sum gradients over processes and divide them by the loss ``scale``.
+        """Sum gradients over lanes and processes and divide them by the loss ``scale``.
 
         Returns their norm on the device; NaN or infinity if a gradient is not finite."""
 
@@ -94,6 +95,7 @@ class Masters:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.copies = compute is not torch.float32
         self.masters: dict[str, torch.Tensor] = {}
+        self.lanes = LaneGradients(self.parameters)
         self._norm = torch.zeros(())
         files = MappedFiles()
         for name, parameter in self.parameters.items():
@@ -113,17 +115,20 @@ class Masters:
         return self.masters
 
     def install_hooks(self) -> None:
-        """Move each gradient to its master during backward from now on."""
+        """Move each gradient to its master, or to the sums of its lane, during backward from now on."""
+        self.lanes.install_hooks()
         if self.copies:
             for name, parameter in self.parameters.items():
                 parameter.register_post_accumulate_grad_hook(_MoveGradient(self.masters[name]))
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    def backward(self, loss: torch.Tensor, last: bool, lane: int = 0) -> None:
+        if lane:
+            self.lanes.backward(loss, lane)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
 
-    def rehearse(self, loss: torch.Tensor) -> None:
-        self.backward(loss, last=True)
-        self.clear()
+    def rehearse(self, loss: torch.Tensor, lane: int = 0) -> None:
+        self.backward(loss, last=True, lane=lane)
 
     def norm(self, scale: float) -> torch.Tensor:
         gradients = list(self.gradients().values())
@@ -160,12 +165,14 @@ class Masters:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by name; zeros for a parameter that got none in this step because no row reached it."""
+        self.lanes.join(self.masters)
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
         return {name: master.grad for name, master in self.masters.items() if master.grad is not None}
 
     def clear(self) -> None:
+        self.lanes.clear()
         for master in self.masters.values():
             master.grad = None
 

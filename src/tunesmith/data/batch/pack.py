@@ -25,10 +25,15 @@ Batch: TypeAlias = dict[str, Any]
 @dataclass(frozen=True)
 class Layout:
     """Layout of a batch: ``packed`` into one sequence, or padded on the right. ``shared``: a packed
-    batch holds a prompt with several responses once (``data.batch.shared_prompts``)."""
+    batch holds a prompt with several responses once (``data.batch.shared_prompts``).
+
+    ``lanes``: how many packed batches go through the network at the same time (``models.lanes``), each of at least
+    ``lane_tokens`` tokens."""
 
     packed: bool
     shared: bool = False
+    lanes: int = 1
+    lane_tokens: int = 0
 
 
 PACKED, PADDED = Layout(packed=True, shared=True), Layout(packed=False)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from tunesmith.data.batch import shared_prompts
+from tunesmith.data.batch import lane_groups, shared_prompts
 from tunesmith.data.batch.pack import Batch as Batch
 from tunesmith.data.batch.pack import Example as Example
 from tunesmith.data.batch.pack import Layout
@@ -144,7 +144,7 @@ class Step:
 
         A process that needs fewer micro-batches than another splits its own further, while it can.
         """
-        groups = [self._groups(self.share(rank, processes), budget, layout) for rank in range(processes)]
+        groups = [self.groups(self.share(rank, processes), budget, layout) for rank in range(processes)]
         return _split_until(groups[process], max(map(len, groups)))
 
     def micro_batches(
@@ -163,7 +163,8 @@ class Step:
         examples = [{**example, **more} for example, more in zip(self.examples(), arrays, strict=True)]
         return replace(self, data=Listed(examples, self.names()), rows=np.arange(len(self)))
 
-    def _groups(self, places: Sequence[int], budget: int, layout: Layout) -> list[list[int]]:
+    def groups(self, places: Sequence[int], budget: int, layout: Layout) -> list[list[int]]:
+        """The ``places`` of each micro-batch of at most ``budget`` tokens."""
         groups = groups_of(self.data.sizes(self.rows[list(places)], layout), budget, layout)
         return [[places[index] for index in group] for group in groups]
 
@@ -217,9 +218,22 @@ def first_examples(source: Source) -> Step:
 
 
 def groups_of(sizes: Sizes, budget: int, layout: Layout) -> list[list[int]]:
-    """:func:`groups_under` for examples of these sizes."""
-    repeated = None if sizes.repeated is None else sizes.repeated.tolist()
-    return groups_under(sizes.tokens.tolist(), budget, layout, sizes.rows.tolist(), repeated)
+    """:func:`groups_under` for examples of these sizes.
+
+    With lanes: groups of about equal size, as many as the lanes hold at the same time within ``budget``, the largest first.
+    """
+    lanes = layout.lanes
+    if not layout.packed or batch_tokens(sizes, layout) < lanes * max(1, layout.lane_tokens):
+        lanes = 1
+    share = budget // lanes
+    if lanes > 1 and sizes.repeated is None:
+        groups = lane_groups.balanced(sizes.tokens.tolist(), share, lanes)
+    else:
+        repeated = None if sizes.repeated is None else sizes.repeated.tolist()
+        groups = groups_under(sizes.tokens.tolist(), share, layout, sizes.rows.tolist(), repeated)
+    if layout.lanes > 1:
+        groups.sort(key=lambda group: -batch_tokens(sizes, layout, group))
+    return groups
 
 
 def groups_under(
@@ -266,14 +280,21 @@ def batch_tokens(sizes: Sizes, layout: Layout, places: Sequence[int] | None = No
 def heaviest_micro_batch(
     steps: Iterable[Step], budget: int, layout: Layout, process: int = 0, processes: int = 1
 ) -> tuple[Step, list[int]]:
-    """The step and the places of the micro-batch with the most tokens, padding included, among ``steps``."""
+    """The step and the places of the micro-batch with the most tokens, padding included, among ``steps``.
+
+    With lanes: of the micro-batches that go through the network at the same time."""
     found: tuple[Step, list[int]] | None = None
     most = 0
     for step in steps:
         found = found or (step, [0])
-        for places in step.split(budget, layout, process, processes):
-            if (tokens := step.tokens(places, layout)) > most:
-                found, most = (step, places), tokens
+        groups = step.split(budget, layout, process, processes)
+        tokens = [step.tokens(places, layout) for places in groups]
+        if layout.lanes > 1:  # the largest come first
+            count = lane_groups.count_together(tokens, budget, layout.lanes)
+            groups, tokens = [sum(groups[:count], [])], [sum(tokens[:count])]
+        for places, size in zip(groups, tokens, strict=True):
+            if size > most:
+                found, most = (step, places), size
     assert found is not None, "a plan has at least one step"
     return found
 

@@ -186,7 +186,8 @@ def keep_freed_memory() -> None:
     """
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+        mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # M_MMAP_THRESHOLD and so on in malloc.h
+        libc.mallopt(arena_max, 1)  # the threads of models.lanes take what others freed
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, 1 << 30)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ _installed: WeakKeyDictionary[nn.Module, RowNoise] = WeakKeyDictionary()
 
 
 @dataclass
-class RowNoise:
-    """Draws for the ``rows`` (numbers within the step) of the next forward pass, of ``lengths`` tokens.
+class RowNoise(threading.local):
+    """Draws for the ``rows`` (numbers within the step) of the next forward pass in this thread, of ``lengths`` tokens.
 
     ``layers``: how many layers drop; ``ahead``: virtual tokens in front of each row, which go through the
     layers but not through the embedding; ``read``: the positions to which the last layer is restricted.

@@ -1,0 +1,63 @@
+"""Gradients of micro-batches that run at the same time, each lane's in sums of its own.
+
+Sums of floats depend on the order of their terms, and threads end in any order. Each lane adds its micro-batches in order, and
+the sums of the lanes are joined in order, so a run computes the same bits each time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+
+class LaneGradients:
+    """Sums in fp32 of the gradients by ``parameters``, for every lane but the first, whose sums are ``.grad``.
+
+    The backward pass of another lane gives each gradient to a hook, which adds it at once: all gradients of a pass never exist
+    at the same time.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self._sums: dict[int, dict[str, torch.Tensor]] = {}
+        self._current = threading.local()
+
+    def install_hooks(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.register_hook(partial(self._take, name))
+
+    def backward(self, loss: torch.Tensor, lane: int) -> None:
+        """Add the gradient of ``loss`` to the sums of ``lane``, counted from 1."""
+        self._sums.setdefault(lane, {})
+        self._current.lane = lane
+        try:
+            torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        finally:
+            self._current.lane = 0
+
+    def _take(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        lane = vars(self._current).get("lane", 0)
+        if lane == 0:
+            return None
+        sums = self._sums[lane]
+        if name in sums:
+            sums[name].add_(gradient)
+        else:
+            sums[name] = gradient.to(
+                torch.float32, copy=True
+            )  # autograd may give one tensor to several weights
+        return gradient.new_zeros(()).expand_as(gradient)  # what autograd keeps until the pass ends
+
+    def join(self, masters: Mapping[str, torch.Tensor]) -> None:
+        """Add the sums of all lanes to the gradients of ``masters``, and forget them."""
+        for lane in sorted(self._sums):
+            for name, total in self._sums[lane].items():
+                gradient = masters[name].grad
+                masters[name].grad = total if gradient is None else gradient.add_(total)
+        self.clear()
+
+    def clear(self) -> None:
+        self._sums = {}
