@@ -188,7 +188,7 @@ class Shards:
         groups = enumerate(self.optimizer.param_groups)
         return {f"group {number}": group["params"][0] for number, group in groups}
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
+    def backward(self, loss: torch.Tensor, last: bool, lane: int = 0) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         with distributed.collective(other_work=True):
             # DeepSpeed takes the mean over processes; the loop needs the sum

@@ -27,7 +27,7 @@ class LaneGradients:
 
     def install_hooks(self) -> None:
         for name, parameter in self.parameters.items():
-            parameter.register_hook(partial(self._take, name))
+            parameter.register_hook(partial(self._take, name))  # type: ignore[no-untyped-call]
 
     def backward(self, loss: torch.Tensor, lane: int) -> None:
         """Add the gradient of ``loss`` to the sums of ``lane``, counted from 1."""

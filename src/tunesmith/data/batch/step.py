@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -291,7 +291,7 @@ def heaviest_micro_batch(
         tokens = [step.tokens(places, layout) for places in groups]
         if layout.lanes > 1:  # the largest come first
             count = lane_groups.count_together(tokens, budget, layout.lanes)
-            groups, tokens = [sum(groups[:count], [])], [sum(tokens[:count])]
+            groups, tokens = [list(chain(*groups[:count]))], [sum(tokens[:count])]
         for places, size in zip(groups, tokens, strict=True):
             if size > most:
                 found, most = (step, places), size
