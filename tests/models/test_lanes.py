@@ -25,24 +25,24 @@ def two_cores():
 def test_two_run_at_the_same_time_on_one_core_each():
     meeting = threading.Barrier(2, timeout=30)
 
-    def work(index, lane):
+    def work(index):
         meeting.wait()  # breaks unless both are here
-        return index, lane, torch.get_num_threads()
+        return index, torch.get_num_threads()
 
-    assert lanes.run(work, [9, 8], 20, 2) == [(0, 0, 1), (1, 1, 1)]
+    assert lanes.run(work, [9, 8], 20, 2) == [(0, 1), (1, 1)]
     assert torch.get_num_threads() == 2
 
 
 def test_those_above_the_budget_run_alone_on_all_cores():
     here = threading.get_ident()
-    found = lanes.run(lambda index, lane: (threading.get_ident() == here, torch.get_num_threads()), [15, 9, 8], 20, 2)
+    found = lanes.run(lambda index: (threading.get_ident() == here, torch.get_num_threads()), [15, 9, 8], 20, 2)
     assert found == [(True, 2), (False, 1), (False, 1)]
 
 
 def test_an_error_is_raised_when_all_have_ended():
     ended = []
 
-    def work(index, lane):
+    def work(index):
         if index == 0:
             raise ValueError("the first one")
         ended.append(index)
@@ -53,10 +53,10 @@ def test_an_error_is_raised_when_all_have_ended():
 
 
 def test_a_forked_process_has_threads_of_its_own():
-    lanes.run(lambda index, lane: None, [9, 8], 20, 2)
+    lanes.run(lambda index: None, [9, 8], 20, 2)
     child = os.fork()
     if child == 0:
-        found = lanes.run(lambda index, lane: index, [9, 8], 20, 2)
+        found = lanes.run(lambda index: index, [9, 8], 20, 2)
         os._exit(0 if found == [0, 1] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -44,7 +44,7 @@ def gradients(job, step):
     job.model.train()
     micro = step.micro_batches(job.budget, job.layout)
     total = float(sum(job.objective.count(one.batch) for one in micro))
-    loop.accumulate(job, step, micro, total, job.update.backward)
+    loop.accumulation(job)(job, step, micro, total, job.update.backward)
     found = {name: gradient.clone() for name, gradient in job.update.masters.gradients().items()}
     job.update.clear_gradients()
     return found

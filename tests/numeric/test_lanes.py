@@ -52,7 +52,7 @@ def test_gradients_and_evaluation_are_those_of_one_lane(name, objective, adaptat
     made = recipe(tmp_path, name, objective, adaptation, learning_rate=1e-3, optim_args={"eps": 1e-3}, **noise)
     ready, job = built(made, tmp_path, "auto")
     assert job.layout.lanes == 2
-    both, job.budget = job.layout, 200
+    both, job.budget = job.layout, 1000
     for step in islice(job.source.steps(1), 2):
         threads.clear()
         found = gradients(job, step)
@@ -63,8 +63,8 @@ def test_gradients_and_evaluation_are_those_of_one_lane(name, objective, adaptat
         assert norm > 0 and apart(found, expected) <= 1e-5 * norm
         loop.train_step(job, step)
         job.layout = both
-    of_two, _ = evaluation.measure(job.model, job.objective, ready.data.train, both, 200, job.device)
-    of_one, _ = evaluation.measure(job.model, job.objective, ready.data.train, replace(both, lanes=1), 200, job.device)
+    of_two, _ = evaluation.measure(job.model, job.objective, ready.data.train, both, 1000, job.device)
+    of_one, _ = evaluation.measure(job.model, job.objective, ready.data.train, replace(both, lanes=1), 1000, job.device)
     assert of_two == pytest.approx(of_one, rel=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_micro_batches_that_do_not_fit_at_the_same_time_run_in_turn(tmp_path):
     micro = loop.micro_batches(job, step)
     total = float(sum(job.objective.count(one.batch) for one in micro))
     for _ in range(20):
-        outcome = loop.accumulate(job, step, micro, total, job.update.backward)
+        outcome = loop.accumulation(job)(job, step, micro, total, job.update.backward)
         if not isinstance(outcome, int):
             break
         micro = loop.halve(job, step, micro, outcome)

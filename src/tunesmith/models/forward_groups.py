@@ -64,14 +64,14 @@ def run_groups(
 
 def _until_memory_runs_out(
     run: Callable[[list[int]], Result], groups: list[list[int]]
-) -> Callable[[int, int], tuple[Result] | None]:
-    """Return a function from index and lane to the result of that group.
+) -> Callable[[int], tuple[Result] | None]:
+    """Return a function from an index to the result of that group.
 
     It returns None from the first group on that does not fit: a raised error would keep tensors alive.
     """
     full = False
 
-    def run_group(index: int, lane: int) -> tuple[Result] | None:
+    def run_group(index: int) -> tuple[Result] | None:
         nonlocal full
         if full:
             return None

@@ -36,27 +36,33 @@ def least_tokens(weights: int) -> int:
     return max(LEAST_TOKENS, -(-LEAST_WORK // weights))
 
 
-def run(work: Callable[[int, int], Result], tokens: Sequence[int], budget: int, number: int) -> list[Result]:
-    """Return ``work(index, lane)`` of each micro-batch; at most ``number`` run at the same time.
+def in_threads(work: Callable[[int], Result], number: int) -> list[Result]:
+    """Return ``work(lane)`` of each of ``number`` lanes, which run at the same time and share the cores.
+
+    Raises the error of the first lane that failed, when all have ended.
+    """
+    threads = _threads(os.getpid(), number, torch.get_num_threads())
+    lanes = [threads.submit(work, lane) for lane in range(number)]
+    wait(lanes)
+    return [lane.result() for lane in lanes]
+
+
+def run(work: Callable[[int], Result], tokens: Sequence[int], budget: int, number: int) -> list[Result]:
+    """Return ``work(index)`` of each micro-batch; at most ``number`` run at the same time.
 
     ``tokens`` of each, in descending order where ``number`` is above 1. Micro-batches that have more than ``budget`` tokens
-    together with those after them run alone, on all cores and lane 0. The lane of each depends on the tokens alone. Raises the
-    first error, when all lanes have ended.
+    together with those after them run alone, on all cores.
     """
     alone = lane_groups.count_alone(tokens, budget, number)
-    results = {index: work(index, 0) for index in range(alone)}
+    results = {index: work(index) for index in range(alone)}
     if alone < len(tokens):
-        threads = _threads(os.getpid(), number, torch.get_num_threads())
         shares = lane_groups.shared_out(tokens[alone:], number)
 
-        def run_lane(lane: int) -> None:
-            for index in shares[lane]:
-                results[alone + index] = work(alone + index, lane)
+        def run_lane(lane: int) -> dict[int, Result]:
+            return {alone + index: work(alone + index) for index in shares[lane]}
 
-        lanes = [threads.submit(run_lane, lane) for lane in range(number)]
-        wait(lanes)
-        for lane in lanes:
-            lane.result()
+        for found in in_threads(run_lane, number):
+            results |= found
     return [results[index] for index in range(len(tokens))]
 
 

@@ -240,7 +240,9 @@ def _time_steps(job: Job, ready: setup.Setup) -> StepTiming:
         started = time.perf_counter()
         job.model.train()
         units = float(sum(job.objective.count(part.batch) for part in micro)) or 1.0
-        while isinstance(outcome := loop.accumulate(job, step, micro, units, job.update.backward), int):
+        while isinstance(
+            outcome := loop.accumulation(job)(job, step, micro, units, job.update.backward), int
+        ):
             micro = loop.halve(job, step, micro, outcome)
         loss, _ = outcome
         machine.synchronize(job.device)

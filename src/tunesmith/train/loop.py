@@ -217,7 +217,7 @@ def train_step(job: Job, step: Step) -> dict[str, float]:
     tokens = sum(sum(part.lengths) for part in busy)
     total, all_tokens = distributed.add(float(units), float(tokens))
     before = job.budget
-    while isinstance(outcome := accumulate(job, step, micro, total, job.update.backward), int):
+    while isinstance(outcome := accumulation(job)(job, step, micro, total, job.update.backward), int):
         if job.update.masters.in_step:
             raise OutOfMemoryError(
                 f"step {step.number}: a micro-batch of {micro[outcome].tokens} tokens needs more memory than is left. "
@@ -244,19 +244,18 @@ Backward = Callable[[torch.Tensor, bool, int], None]
 """(loss, whether it is the last of the step, lane) -> None."""
 
 
-def accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward: Backward) -> Sums | int:
+def accumulate(
+    job: Job, step: Step, micro: list[Micro], total: float, backward: Backward, lane: int = 0
+) -> Sums | int:
     """Run forward and backward of every micro-batch of this process, each loss divided by ``total``.
 
     Returns the sums, or the number of the micro-batch that did not fit into memory: returned, not raised,
     because a traceback keeps tensors alive. ``halve`` splits that micro-batch for the next attempt, whose
-    result is the same.
+    result is the same. ``lane``: see ``models.lanes``.
     """
-    failed: list[int] = []
-
-    def run(number: int, lane: int) -> Sums | None:
-        if failed:
-            return None
-        part = micro[number]
+    losses: list[torch.Tensor] = []
+    sums: dict[str, torch.Tensor] = {}
+    for number, part in enumerate(micro):
         try:
             _set_noise(job, step, part)
             loss, metrics = job.objective.loss(job.model, to_device(part.batch, job.device))
@@ -264,20 +263,47 @@ def accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward:
         except (RuntimeError, MemoryError) as error:
             if not machine.is_out_of_memory(error):
                 raise
-            failed.append(number)
-            return None
-        pairs = {name: metric_sums.as_pair(*pair, job.device) for name, pair in metrics.items()}
-        return loss.detach(), pairs
+            return number
+        if part.idle:
+            continue
+        losses.append(loss.detach())
+        for name, pair in metrics.items():
+            exact = metric_sums.as_pair(*pair, job.device)
+            sums[name] = sums[name] + exact if name in sums else exact
+    return sum(losses, torch.zeros((), device=job.device)), sums
 
-    outcomes = lanes.run(run, [part.tokens for part in micro], job.budget, job.layout.lanes)
-    if failed:
-        return min(failed)
-    sums: dict[str, torch.Tensor] = {}
-    busy = [outcome for outcome, part in zip(outcomes, micro, strict=True) if outcome and not part.idle]
-    for _, pairs in busy:
-        for name, pair in pairs.items():
+
+def accumulate_in_lanes(
+    job: Job, step: Step, micro: list[Micro], total: float, backward: Backward
+) -> Sums | int:
+    """:func:`accumulate`, with the micro-batches that fit into ``job.budget`` together at the same time.
+
+    Each lane sums its micro-batches in order, and the sums are added in the order of the lanes.
+    """
+    tokens, number = [part.tokens for part in micro], job.layout.lanes
+    alone = lane_groups.count_alone(tokens, job.budget, number)
+    shares = [[alone + index for index in share] for share in lane_groups.shared_out(tokens[alone:], number)]
+
+    def run_lane(lane: int) -> Sums | int:
+        return accumulate(job, step, [micro[index] for index in shares[lane]], total, backward, lane)
+
+    first = accumulate(job, step, micro[:alone], total, backward)
+    if isinstance(first, int) or alone == len(micro):
+        return first
+    outcomes = lanes.in_threads(run_lane, number)
+    loss, sums = first
+    for share, outcome in zip(shares, outcomes, strict=True):
+        if isinstance(outcome, int):
+            return share[outcome]
+        loss = loss + outcome[0]
+        for name, pair in outcome[1].items():
             sums[name] = sums[name] + pair if name in sums else pair
-    return sum((loss for loss, _ in busy), torch.zeros((), device=job.device)), sums
+    return loss, sums
+
+
+def accumulation(job: Job) -> Callable[[Job, Step, list[Micro], float, Backward], Sums | int]:
+    """Return :func:`accumulate`, or :func:`accumulate_in_lanes` where the layout has lanes."""
+    return accumulate if job.layout.lanes == 1 else accumulate_in_lanes
 
 
 def _set_noise(job: Job, step: Step, micro: Micro) -> None:
@@ -326,7 +352,7 @@ def rehearse(job: Job, step: Step, places: list[int]) -> None:
     job.model.train()
     with machine.fork_rng(job.device):
         micro = [step.micro(places, job.layout)] if job.layout.lanes == 1 else _regroup(job, step, places)
-        while isinstance(outcome := accumulate(job, step, micro, 1.0, job.update.rehearse), int):
+        while isinstance(outcome := accumulation(job)(job, step, micro, 1.0, job.update.rehearse), int):
             micro = halve(job, step, micro, outcome)
     job.update.clear_gradients()
 
