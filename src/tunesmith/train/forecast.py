@@ -29,6 +29,7 @@ from tunesmith.train import distributed, fast_path, loop, memory_budget, run_sta
 from tunesmith.train.callbacks import Callbacks
 from tunesmith.train.loop import Job
 from tunesmith.train.memory_budget import PREVIEWED, SHARE
+from tunesmith.train.progression import Progression
 from tunesmith.train.run_state import Run
 from tunesmith.train.train_config import times
 
@@ -308,7 +309,7 @@ def _saving_seconds(job: Job, ready: setup.Setup, chosen: fast_path.FastPath) ->
         started = time.perf_counter()
         run_state.save_model(run)
         between = time.perf_counter()
-        run_state.save(run, loop.Progression(step=1))
+        run_state.save(run, Progression(step=1))
         return between - started, time.perf_counter() - between
 
 

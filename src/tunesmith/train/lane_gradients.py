@@ -1,4 +1,4 @@
-"""Gradients of micro-batches that run at the same time, each lane's in sums of its own.
+"""Losses and gradients of micro-batches that run at the same time, each lane's in sums of its own.
 
 Sums of floats depend on the order of their terms, and threads end in any order. Each lane adds its micro-batches in order, and
 the sums of the lanes are joined in order, so a run computes the same bits each time.
@@ -7,10 +7,39 @@ the sums of the lanes are joined in order, so a run computes the same bits each 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+
+from tunesmith.data.batch import lane_groups
+from tunesmith.models import lanes
+from tunesmith.train.metric_sums import Sums
+
+
+def sums(
+    run: Callable[[list[int], int], Sums | int], tokens: Sequence[int], budget: int, number: int
+) -> Sums | int:
+    """Return the sums of micro-batches of ``tokens``, in descending order, in ``number`` lanes; see ``models.lanes.run``.
+
+    ``run(numbers, lane)`` returns the sums of some of them, or the index in ``numbers`` of one that did not fit into memory.
+    Then this function returns its number.
+    """
+    alone = lane_groups.count_alone(tokens, budget, number)
+    first = run(list(range(alone)), 0)
+    if isinstance(first, int) or alone == len(tokens):
+        return first
+    shares = [[alone + index for index in share] for share in lane_groups.shared_out(tokens[alone:], number)]
+    loss, metrics = first
+    for share, outcome in zip(
+        shares, lanes.in_threads(lambda lane: run(shares[lane], lane), number), strict=True
+    ):
+        if isinstance(outcome, int):
+            return share[outcome]
+        loss = loss + outcome[0]
+        for name, pair in outcome[1].items():
+            metrics[name] = metrics[name] + pair if name in metrics else pair
+    return loss, metrics
 
 
 class LaneGradients:

@@ -22,13 +22,13 @@ from tunesmith.data.batch.pack import Layout, to_device
 from tunesmith.data.batch.step import Micro, Source, Step
 from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError, RewardError
 from tunesmith.json_types import JsonObject
-from tunesmith.models import lanes
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads.noise import RowNoise
 from tunesmith.models.load import finite
 from tunesmith.objectives import Objective
-from tunesmith.train import distributed, metric_sums
-from tunesmith.train.metric_sums import MetricSums
+from tunesmith.train import distributed, lane_gradients, metric_sums
+from tunesmith.train.metric_sums import MetricSums, Sums
+from tunesmith.train.progression import Progression
 from tunesmith.train.stop_signals import catch_signals
 from tunesmith.train.train_config import TrainConfig, due
 from tunesmith.train.update import Update
@@ -38,26 +38,6 @@ if TYPE_CHECKING:
 
 TRIM_STEPS = 8
 """Steps between two calls that return freed memory to the system: rare enough to cost nothing."""
-
-
-@dataclass
-class Progression:
-    """The position of a run; a checkpoint holds all of it."""
-
-    step: int = 0
-    micro_batch_tokens: int = 0
-    """The budget in use (0 = not chosen yet): measured, or lowered after memory ran out."""
-    tokens: int = 0
-    supervised: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    without_improvement: int = 0
-    evaluation_due: bool = False
-    """The evaluation of ``step`` is not finished: a reward failed in it."""
-    window: dict[str, float] = field(default_factory=dict)
-    """Sums since the last log."""
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    """{metric: [sum, count]} since the last log; read from ``Job.sums`` for each checkpoint."""
 
 
 @dataclass
@@ -237,9 +217,6 @@ def train_step(job: Job, step: Step) -> dict[str, float]:
     return {**record, **rates, **job.update.figures()}
 
 
-Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
-"""Sum of the loss, and metric -> float64 (2,): [sum, count]; on the device."""
-
 Backward = Callable[[torch.Tensor, bool, int], None]
 """(loss, whether it is the last of the step, lane) -> None."""
 
@@ -278,27 +255,13 @@ def accumulate_in_lanes(
 ) -> Sums | int:
     """:func:`accumulate`, with the micro-batches that fit into ``job.budget`` together at the same time.
 
-    Each lane sums its micro-batches in order, and the sums are added in the order of the lanes.
+    ``halve`` is told the number of one that did not fit, as by ``accumulate``.
     """
-    tokens, number = [part.tokens for part in micro], job.layout.lanes
-    alone = lane_groups.count_alone(tokens, job.budget, number)
-    shares = [[alone + index for index in share] for share in lane_groups.shared_out(tokens[alone:], number)]
 
-    def run_lane(lane: int) -> Sums | int:
-        return accumulate(job, step, [micro[index] for index in shares[lane]], total, backward, lane)
+    def run(numbers: list[int], lane: int) -> Sums | int:
+        return accumulate(job, step, [micro[number] for number in numbers], total, backward, lane)
 
-    first = accumulate(job, step, micro[:alone], total, backward)
-    if isinstance(first, int) or alone == len(micro):
-        return first
-    outcomes = lanes.in_threads(run_lane, number)
-    loss, sums = first
-    for share, outcome in zip(shares, outcomes, strict=True):
-        if isinstance(outcome, int):
-            return share[outcome]
-        loss = loss + outcome[0]
-        for name, pair in outcome[1].items():
-            sums[name] = sums[name] + pair if name in sums else pair
-    return loss, sums
+    return lane_gradients.sums(run, [part.tokens for part in micro], job.budget, job.layout.lanes)
 
 
 def accumulation(job: Job) -> Callable[[Job, Step, list[Micro], float, Backward], Sums | int]:
@@ -433,19 +396,3 @@ def _evaluate(job: Job, position: Progression) -> str | None:
         count, best = position.without_improvement, f"{position.best:.4f} at step {position.best_step}"
         return f"no improvement in {count} evaluations; the best was {best}"
     return None
-
-
-def record_best(position: Progression, figure: float, direction: str, threshold: float) -> bool:
-    """Record an evaluation's figure, and return whether it is the best so far.
-
-    A figure that is not finite is never the best. Only a gain above ``threshold`` counts as an improvement
-    for early stopping.
-    """
-    best = position.best
-    gain = math.inf if best is None else (best - figure if direction == "min" else figure - best)
-    if not math.isfinite(figure):
-        gain = -math.inf
-    position.without_improvement = 0 if gain > threshold else position.without_improvement + 1
-    if gain > 0:
-        position.best, position.best_step = figure, position.step
-    return gain > 0

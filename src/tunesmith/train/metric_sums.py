@@ -8,6 +8,9 @@ import torch
 
 from tunesmith.train import distributed
 
+Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""Sum of the loss, and metric -> float64 (2,): [sum, count]; on the device."""
+
 
 class MetricSums:
     """One message per step adds the sums of all processes; the host reads them to log or save.

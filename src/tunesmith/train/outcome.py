@@ -19,7 +19,8 @@ from tunesmith.runs import assessment, metrics_file, overfit
 from tunesmith.runs.figure_format import figure_names
 from tunesmith.train import distributed, evaluation, examples, plain_copy, setup
 from tunesmith.train.held_out_answers import AnswerEvaluation
-from tunesmith.train.loop import Job, Progression
+from tunesmith.train.loop import Job
+from tunesmith.train.progression import Progression
 from tunesmith.train.run_state import Run
 
 EXAMPLES = 20

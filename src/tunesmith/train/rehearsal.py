@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tunesmith.train import memory_budget, reference, time_plan
-from tunesmith.train.loop import Job, Progression
+from tunesmith.train.loop import Job
+from tunesmith.train.progression import Progression
 from tunesmith.train.run_state import Run
 
 

@@ -46,7 +46,8 @@ from tunesmith.train import (
     time_plan,
 )  # fmt: skip
 from tunesmith.train.callbacks import Callbacks
-from tunesmith.train.loop import Job, Progression
+from tunesmith.train.loop import Job
+from tunesmith.train.progression import Progression, record_best
 from tunesmith.train.run_state import Run
 
 if TYPE_CHECKING:
@@ -359,7 +360,7 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
     name, direction = evaluation.deciding_figure(ready.recipe.train, ready.objective.traits)
     evaluation.check_reported(name, figures)
     threshold = ready.recipe.train.early_stopping_threshold
-    best = position.step > 0 and loop.record_best(position, figures[name], direction, threshold)
+    best = position.step > 0 and record_best(position, figures[name], direction, threshold)
     if best:
         run_state.save_model(run)
     epoch = round(ready.source.plan.epoch(position.step), 6)

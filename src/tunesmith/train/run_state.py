@@ -29,8 +29,8 @@ from tunesmith.runs.trackers import Trackers
 from tunesmith.train import adapter_choice, checkpoint, distributed, reference, samples, setup
 from tunesmith.train.callbacks import Callbacks
 from tunesmith.train.fast_path import FastPath, plain_attention
-from tunesmith.train.loop import Progression
 from tunesmith.train.master_weights import swapped_weights
+from tunesmith.train.progression import Progression
 from tunesmith.train.starting_point import StartingPoint
 from tunesmith.train.update import Update
 
