@@ -16,7 +16,6 @@ from tunesmith.train import evaluation, loop
 
 CELLS = [
     ("llama", "sft", "full"),
-    ("llama", "cpt", "lora"),
     ("llama", "sft", {"type": "prefix", "num_virtual_tokens": 4}),
     ("llama", "dpo", "lora"),
     ("llama", "kto", "lora"),
