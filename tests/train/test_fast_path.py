@@ -29,9 +29,24 @@ def adapted(kind, dtype=torch.float32):
     return KINDS[kind].Adaptation(KINDS[kind].Config()).apply(tiny_model("llama"), "lm").to(dtype)
 
 
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def large(request, monkeypatch):
+    """Whether the network counts as large, so that the check takes the fewest tokens."""
+    if request.param:
+        monkeypatch.setattr(parity_check, "CHECK_WORK", 0)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_network_in_fp32_is_checked_on_few_tokens(dtype, large):
+    few = large and dtype == torch.float32
+    tokens = parity_check.check_tokens(tiny_model("llama").to(dtype))
+    assert tokens == (parity_check.FEWEST_TOKENS if few else parity_check.CHECK_TOKENS)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_gradient_behind_zeros_is_seen(kind, dtype, monkeypatch):
+def test_a_wrong_gradient_behind_zeros_is_seen(kind, dtype, large, monkeypatch):
     function, place = GIVEN[kind]
     right = function.backward
 
@@ -76,7 +91,7 @@ def test_weights_and_random_state_are_left_as_they_were(kind):
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-def test_a_wrong_product_is_seen_where_nothing_is_trained(without, monkeypatch):
+def test_a_wrong_product_is_seen_where_nothing_is_trained(without, large, monkeypatch):
     model = adapted("bottleneck").requires_grad_(False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -101,7 +116,7 @@ def test_a_reward_may_be_rounded_further_in_half_precision(dtype, accepted):
 
 
 @pytest.mark.parametrize("task", [dpo, reward], ids=["dpo", "reward"])
-def test_long_answers_are_tried_in_part(task, tmp_path, monkeypatch):
+def test_long_answers_are_tried_in_part(task, large, tmp_path, monkeypatch):
     """A check of two whole rows of a thousand tokens would take longer than a step of many runs."""
     objective = task.Objective(task.Config())
     rows = [Ranking("what is the " * 300, (" a b" * 200, " the" * (200 + n)), (0, 1)) for n in range(2)]
@@ -116,5 +131,5 @@ def test_long_answers_are_tried_in_part(task, tmp_path, monkeypatch):
     folder = locate(save_tiny("llama", tmp_path))
     network = load.load_model(folder, head=objective.traits.head, trainable=True, head_config=objectives.head_config(objective))
     chosen = fast_path.choose(network, objective, long, 4096, "auto", CPU)
-    assert min(len(one["input_ids"]) for one in long) > 1000 and max(seen) <= 2 * 2 * parity_check.CHECK_TOKENS
+    assert min(len(one["input_ids"]) for one in long) > 1000 and max(seen) <= 2 * 2 * parity_check.check_tokens(network)
     assert chosen.packed and chosen.layout.shared and not chosen.notes

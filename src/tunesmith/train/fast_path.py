@@ -28,7 +28,7 @@ from tunesmith.models.fast.self_check import describe
 from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.network import FORWARD_ERRORS, attribute, base
 from tunesmith.objectives import Example, Objective
-from tunesmith.train.parity_check import ParityCheck, without_zeros
+from tunesmith.train.parity_check import CALL_TOKENS, ParityCheck, shorten, without_zeros
 from tunesmith.train.row_check import RowCheck
 from tunesmith.train.train_config import TrainConfig
 
@@ -241,13 +241,14 @@ def _why_not_packed(chosen: FastPath, longest: int, name: str) -> str | None:
 
 
 def check_training_mode(chosen: FastPath) -> None:
-    """Run the rows of :func:`choose` in training mode, and switch off misplaced dropout.
+    """Run the starts of the rows of :func:`choose` in training mode, and switch off misplaced dropout.
 
     Layers such as dropout act only in training mode. If packed rows fail there, the run pads its rows. Raises
     ModelError if padded rows fail, too.
     """
     check = chosen.check
-    model, objective, rows, device = check.model, check.objective, check.rows, check.device
+    model, objective, device = check.model, check.objective, check.device
+    rows = [shorten(row, CALL_TOKENS) for row in check.rows]
     lengths = [len(row["input_ids"]) for row in rows]
 
     def forward() -> None:

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECK_TOKENS = 192
-"""Tokens of each row in the parity check: enough to use every layer, few enough to cost a second."""
+"""Most tokens of each row in the parity check: enough to use every layer."""
+FEWEST_TOKENS = 32
+"""Tokens of a row of a large network in fp32."""
+CHECK_WORK = 4e9
+"""Tokens of a row times parameters of the network, in fp32: the check costs about a second."""
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.15), torch.float16: (1e-3, 3e-2)}
 """Largest relative difference of the loss, and of all gradients together.
 
@@ -62,7 +66,8 @@ class ParityCheck:
     def of_first_rows(
         cls, model: PreTrainedModel, objective: Objective, examples: Sequence[Example], device: torch.device
     ) -> ParityCheck:
-        return cls(model, objective, [shorten(example) for example in list(examples)[:2]], device)
+        most = check_tokens(model)
+        return cls(model, objective, [shorten(example, most) for example in list(examples)[:2]], device)
 
     def measure(self, layout: Layout) -> LossAndGradients:
         """Return the mean loss over the rows' units, and its gradients, which are cleared from the model.
@@ -186,7 +191,20 @@ def without_zeros(model: PreTrainedModel) -> Iterator[None]:
                 parameter.copy_(zero)
 
 
-def shorten(example: Example, most: int = CHECK_TOKENS) -> Example:
+def check_tokens(model: PreTrainedModel) -> int:
+    """Return the most tokens of a row in the check of ``model``.
+
+    In 16 bits it is always ``CHECK_TOKENS``: the fewer tokens a gradient is summed over, the larger is its
+    rounding error. With 16 tokens, the gradients of SmolLM2-135M in bf16 differed by up to 14%, with 60 by 8%.
+    In fp32 they differed by 6e-6 with 24 tokens, by 4e-6 with 60.
+    """
+    if model.dtype != torch.float32:
+        return CHECK_TOKENS
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return int(min(CHECK_TOKENS, max(FEWEST_TOKENS, CHECK_WORK // max(1, parameters))))
+
+
+def shorten(example: Example, most: int) -> Example:
     """Return the row's first tokens, with some around the first supervised one; rows of task heads stay whole.
 
     ``most``: number of tokens that are left."""
