@@ -12,7 +12,7 @@ from tests.numeric.test_invariance import built, gradients
 from tests.runs import apart, recipe, weights
 from tests.train.test_forward_batches import refused
 from tunesmith.models import lanes
-from tunesmith.train import evaluation, loop
+from tunesmith.train import evaluation, loop, memory_budget
 
 CELLS = [
     ("llama", "sft", "full"),
@@ -101,3 +101,14 @@ def test_micro_batches_that_do_not_fit_at_the_same_time_run_in_turn(tmp_path):
     found = {name: gradient.clone() for name, gradient in job.update.masters.gradients().items()}
     norm = sum(float(value.double().square().sum()) for value in expected.values()) ** 0.5
     assert refusals and apart(found, expected) <= 1e-5 * norm
+
+
+def test_the_default_has_room_for_the_two_longest_rows(tmp_path):
+    made = recipe(tmp_path, "llama", "sft", "lora", learning_rate=1e-3)
+    _, job = built(made, tmp_path, "auto")
+    job.budget, longest = 20, memory_budget.longest_row(job)
+    assert longest > 20 and memory_budget.make_room_for_lanes(job) and job.budget == 2 * longest
+    heaviest, places = memory_budget.heaviest_micro_batch(job.source.preview(10), job.budget, job.layout)
+    assert longest < heaviest.tokens(places, job.layout) <= 2 * longest
+    job.config, job.budget = job.config.model_copy(update={"micro_batch_tokens": 20}), 20
+    assert not memory_budget.make_room_for_lanes(job) and job.budget == 20

@@ -238,7 +238,7 @@ def test_auto_trains_the_same_model_and_the_budget_is_recorded(tmp_path):
     assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["micro_batch_tokens"] == memory_budget.LARGEST["cpu"]
 
 
-@pytest.mark.parametrize(("device", "default", "auto"), [("cpu", 1024, 1024), ("cuda", 2048, 16384), ("mps", 1024, 1024)])
+@pytest.mark.parametrize(("device", "default", "auto"), [("cpu", 1792, 1792), ("cuda", 2048, 16384), ("mps", 1792, 1792)])
 def test_the_budget_of_a_recipe_without_one_depends_on_the_device(device, default, auto):
     budgets = [
         memory_budget.first_budget(TrainConfig(micro_batch_tokens=wanted), torch.device(device)) for wanted in (None, "auto", 77)

@@ -184,9 +184,11 @@ def _add_lanes(chosen: FastPath) -> None:
     fixed = all(isinstance(kind, str) and kind not in ("dynamic", "longrope") for kind in changing)
     known = ("attention" in kinds or "encoder attention" in kinds) and not chosen.fused.rejected
     if chosen.packed and known and fixed and not lm_head.is_plain(model):
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        number = lanes.number(chosen.check.device)
-        chosen.layout = replace(chosen.layout, lanes=number, lane_tokens=lanes.least_tokens(weights))
+        parameters = list(model.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        least = lanes.least_tokens(sum(parameter.numel() for parameter in parameters))
+        number = lanes.number(chosen.check.device, trained)
+        chosen.layout = replace(chosen.layout, lanes=number, lane_tokens=least)
 
 
 def _tokens(example: Example) -> Sequence[int]:

@@ -139,7 +139,8 @@ def _measure_run(
         save=lambda position: None,
     )  # fmt: skip
     report("trying the heaviest micro-batch")
-    memory_budget.settle(job, train.micro_batch_tokens == "auto", limit)
+    raised = memory_budget.make_room_for_lanes(job)
+    memory_budget.settle(job, raised or train.micro_batch_tokens == "auto", limit)
     start_seconds = time.perf_counter() - started
     ready.session.budget = job.budget
     report("running an iteration" if ready.objective.traits.samples else "taking a few steps")

@@ -19,7 +19,8 @@ def rehearse(run: Run, job: Job, position: Progression, started: float) -> float
     progress.doing("trying the heaviest micro-batch")
     first = job.budget
     automatic = job.config.micro_batch_tokens == "auto" and not position.micro_batch_tokens
-    memory_budget.settle(job, automatic, bound_suffices=True)
+    raised = not position.micro_batch_tokens and memory_budget.make_room_for_lanes(job)
+    memory_budget.settle(job, automatic or raised, bound_suffices=True)
     if automatic or job.budget < first:
         progress.note(
             f"micro-batches of at most {job.budget:,} tokens fit into memory; the result is the same for any size"
