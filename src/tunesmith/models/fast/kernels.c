@@ -85,6 +85,7 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
 #define FT F
 #include "kernels_products.c"
 #include "kernels_decode.c"
+#include "kernels_prefill.c"
 #define T float
 #define SUFFIX f32
 #include "kernels.c"
@@ -282,4 +283,5 @@ void F(rotary)(
 
 #include "kernels_products.c"
 #include "kernels_decode.c"
+#include "kernels_prefill.c"
 #endif

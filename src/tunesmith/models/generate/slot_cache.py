@@ -200,17 +200,22 @@ def attend(
     """
     heads, rows, dim = query.shape
     kv_heads, seen, _ = keys.shape
-    plain = kernels.available(query) and not softcap and not 0 < window < seen
+    dim, value_dim = query.shape[-1], values.shape[-1]
+    if kernels.available(query) and query.dtype == keys.dtype and query.stride(-1) == 1 and dim % 2 == 0:
+        out = query.new_empty(rows, heads, value_dim)
+        sizes = (window, heads, kv_heads, rows, seen, dim, value_dim)
+        strides = (*query.stride()[:2], keys.stride(0), values.stride(0))
+        kernels.call(
+            "prefill_attention", query.dtype, query, keys, values, out, scale, softcap or 0.0, *sizes, *strides
+        )
+        return out
     parts = []
     for first in range(0, rows, ROWS):
         last = min(first + ROWS, rows)
         visible = seen - rows + last
         q = query[:, first:last].reshape(kv_heads, -1, dim)
         scores = torch.bmm(q, keys[:, :visible].transpose(1, 2))
-        if plain:
-            kernels.call("causal_softmax", q.dtype, scores, scale, heads, last - first, visible)
-        else:
-            scores = _masked_softmax(scores, scale, last - first, window, softcap)
+        scores = _masked_softmax(scores, scale, last - first, window, softcap)
         part = torch.bmm(scores, values[:, :visible])
         parts.append(part.view(heads, last - first, -1).transpose(0, 1))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
