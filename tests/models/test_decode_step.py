@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from tests.tiny import tiny_model
 from tunesmith import machine
 from tunesmith.models.fast import kernels
-from tunesmith.models.generate import forward_passes
+from tunesmith.models.generate import forward_passes, slot_cache
 from tunesmith.models.generate.decode_step import KERNEL_ROWS, decode_step
 from tunesmith.models.generate.forward_passes import SlotPass
 from tunesmith.models.generate.slot_cache import Piece, attend
@@ -225,6 +225,26 @@ def test_a_row_is_what_it_is_alone_in_bf16(rows: int) -> None:
     expected = run._forward(pieces)
     logits = run.step(torch.tensor([piece.ids[0] for piece in pieces]), run.cache)
     assert float((logits - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(0, None), (9, None), (0, 2.0), (9, 2.0)])
+@pytest.mark.parametrize(("rows", "ahead", "value_dim"), [(1, 4, 8), (5, 0, 8), (64, 3, 6), (150, 21, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_attention_of_a_prompt_by_kernel_and_by_torch(
+    dtype: torch.dtype, rows: int, ahead: int, value_dim: int, window: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the slot after the prompt is not read: it may be anything."""
+    generator = torch.Generator().manual_seed(0)
+    seen = rows + ahead
+    query = torch.randn(rows, 6, 8, generator=generator).to(dtype).transpose(0, 1)
+    keys, values = (torch.full((2, seen + 40, dim), float("nan"), dtype=dtype)[:, :seen] for dim in (8, value_dim))
+    for stored in (keys, values):
+        stored.copy_(torch.randn(stored.shape, generator=generator))
+    found = attend(query, keys, values, 0.5, window, softcap)
+    monkeypatch.setattr(slot_cache.kernels, "available", lambda tensor: False)
+    expected = attend(query.float(), keys.float(), values.float(), 0.5, window, softcap)
+    assert torch.allclose(found.float(), expected, atol=1e-5 if dtype is torch.float32 else 3e-2)
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (0, 2.0), (9, 2.0)])

@@ -95,7 +95,10 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store keys and values (1, kv_heads, tokens, head_dim) of the pass; return them unchanged."""
+        """Store keys and values (1, kv_heads, tokens, head_dim) of the pass; return them unchanged.
+
+        Tokens after those of the pieces are padding.
+        """
         if layer_idx == len(self.keys):
             for states, stored in ((key_states, self.keys), (value_states, self.values)):
                 shape = (self.slots, states.shape[1], self.capacity, states.shape[3])
@@ -103,8 +106,9 @@ class SlotCache(Cache):
         if key_states.shape[0] != 1 or layer_idx >= len(self.keys):
             raise CannotUseSlots("its layers do not fill the cache one after another")
         where = (self.slot_of_token, slice(None), self.place_of_token)
-        self.keys[layer_idx][where] = key_states[0].transpose(0, 1)
-        self.values[layer_idx][where] = value_states[0].transpose(0, 1)
+        tokens = len(self.slot_of_token)
+        self.keys[layer_idx][where] = key_states[0, :, :tokens].transpose(0, 1)
+        self.values[layer_idx][where] = value_states[0, :, :tokens].transpose(0, 1)
         self.layer = layer_idx
         return key_states, value_states
 
@@ -138,7 +142,8 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """Return causal attention of each token to its row's tokens in the cache, (1, tokens, heads, dim).
 
-    ``query`` (1, heads, tokens, dim). ``key`` and ``value`` are in the cache already. ``softcap``: scores become
+    ``query`` (1, heads, tokens, dim); tokens after those of the pieces are padding, whose attention is 0.
+    ``key`` and ``value`` are in the cache already. ``softcap``: scores become
     softcap * tanh(score / softcap) (gemma2). Raises CannotUseSlots for arguments that it does not support.
     """
     unknown = [name for name, given in kwargs.items() if given is not None and name not in HARMLESS]
@@ -160,6 +165,7 @@ def slot_attention(
         seen = (keys[piece.slot, :, :end], values[piece.slot, :, :end])
         out[start:stop] = attend(query[0, :, start:stop], *seen, scale, window, softcap)
         start = stop
+    out[start:] = 0
     return out[None], None
 
 
@@ -200,15 +206,8 @@ def attend(
     """
     heads, rows, dim = query.shape
     kv_heads, seen, _ = keys.shape
-    dim, value_dim = query.shape[-1], values.shape[-1]
     if kernels.available(query) and query.dtype == keys.dtype and query.stride(-1) == 1 and dim % 2 == 0:
-        out = query.new_empty(rows, heads, value_dim)
-        sizes = (window, heads, kv_heads, rows, seen, dim, value_dim)
-        strides = (*query.stride()[:2], keys.stride(0), values.stride(0))
-        kernels.call(
-            "prefill_attention", query.dtype, query, keys, values, out, scale, softcap or 0.0, *sizes, *strides
-        )
-        return out
+        return _attend_by_kernel(query, keys, values, scale, window, softcap or 0.0)
     parts = []
     for first in range(0, rows, ROWS):
         last = min(first + ROWS, rows)
@@ -219,6 +218,21 @@ def attend(
         part = torch.bmm(scores, values[:, :visible])
         parts.append(part.view(heads, last - first, -1).transpose(0, 1))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _attend_by_kernel(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Compute :func:`attend` in C: no product is compiled for each length of a prompt."""
+    heads, rows, dim = query.shape
+    kv_heads, seen, value_dim = values.shape
+    out = query.new_empty(rows, heads, value_dim)
+    sizes = (window, heads, kv_heads, rows, seen, dim, value_dim)
+    strides = (*query.stride()[:2], keys.stride(0), values.stride(0))
+    kernels.call(
+        "prefill_attention", query.dtype, query, keys, values, out, scale, softcap, *sizes, *strides
+    )
+    return out
 
 
 def _masked_softmax(scores: Tensor, scale: float, rows: int, window: int, softcap: float | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith import machine
+from tunesmith.models.fast import kernels
 from tunesmith.models.generate import slot_cache
 from tunesmith.models.generate.decode_step import DecodeWeights
 from tunesmith.models.generate.forward_passes import ForwardPass, choose_pass
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 2048
 """Tokens of prompts in one forward pass."""
+RETURN_TOKENS = 256
+"""After as many tokens of prompts, which take about a second, the memory of their activations is returned."""
 MEMORY_SHARE = 0.5
 """Share of the free memory that the cache may take."""
 BLOCK = 128
@@ -155,6 +158,7 @@ class Slots:
         self._made_for = min(self.wanted, self.most)
         if not any(self.held):  # there is nothing to copy: the old memory is free before the new is taken
             self._pass_of_rows().resize(0, 0)
+        kernels.return_freed_memory()  # slots in memory that was used before would take all of it at once
         slots = self._resize(slots)
         self.held = [self.held[slot] if slot < len(self.held) else [] for slot in range(slots)]
         self._computed_by = (self._computed_by + [None] * slots)[:slots]
@@ -219,6 +223,7 @@ class Slots:
             self.timing.decode_tokens += len(rows)
             return logits
         found: dict[Row, Tensor] = {}
+        before = self.timing.prefill_tokens
         while missing := [row for row in rows if row not in found]:
             chosen = self._share_starts(missing)
             sizes, budget = [], PREFILL_TOKENS
@@ -231,6 +236,8 @@ class Slots:
             for row, last in zip(chosen, self._run(chosen, sizes), strict=True):
                 if not self._left(row):
                     found[row] = last
+        if self.timing.prefill_tokens - before >= RETURN_TOKENS:
+            kernels.return_freed_memory()
         self.timing.prefill_seconds += perf_counter() - began
         return torch.stack([found[row] for row in rows])
 
