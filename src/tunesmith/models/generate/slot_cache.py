@@ -72,14 +72,21 @@ class SlotCache(Cache):
         """The largest number of tokens that a slot has held; places after these are not initialised."""
 
     def resized(self, slots: int, tokens: int) -> SlotCache:
-        """Return a cache of another size with the content that fits."""
+        """Return a cache of another size with the content that fits, and leave this one empty.
+
+        The new memory is taken first: if it runs out, this cache stays as it is. Then each tensor is copied and freed, so
+        that no content is in memory twice, because the system counts memory only when it is written to.
+        """
         new = SlotCache(slots, tokens, self.virtual)
         new.filled = min(new.capacity, self.filled)
         part = slice(min(slots, self.slots)), slice(None), slice(new.filled)
         for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
-            for old in mine:
-                theirs.append(old.new_empty(slots, old.shape[1], new.capacity, old.shape[3]))
-                theirs[-1][part] = old[part]
+            theirs += [old.new_empty(slots, old.shape[1], new.capacity, old.shape[3]) for old in mine]
+        for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
+            for target in theirs:
+                target[part] = mine.pop(0)[part]
+                if slots:
+                    kernels.return_freed_memory()
         return new
 
     def begin(self, pieces: Sequence[Piece], device: torch.device) -> None:
