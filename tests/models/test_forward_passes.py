@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import tiny_model
 
+from tests.tiny import tiny_model
 from tunesmith.models.generate.forward_passes import SlotPass
 from tunesmith.models.generate.slot_cache import Piece
 
 
-def run_prompts(dtype: torch.dtype, padded: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[SlotPass, list[torch.Tensor], set[int]]:
+def run_prompts(
+    dtype: torch.dtype, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> tuple[SlotPass, list[torch.Tensor], set[int]]:
     """Run two prompts a pass; return the pass, its logits, and the numbers of tokens that the model got."""
     model, sizes = tiny_model("llama").to(dtype), set[int]()
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: sizes.add(inputs[0].shape[1]))

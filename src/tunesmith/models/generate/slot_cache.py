@@ -236,9 +236,7 @@ def _attend_by_kernel(
     out = query.new_empty(rows, heads, value_dim)
     sizes = (window, heads, kv_heads, rows, seen, dim, value_dim)
     strides = (*query.stride()[:2], keys.stride(0), values.stride(0))
-    kernels.call(
-        "prefill_attention", query.dtype, query, keys, values, out, scale, softcap, *sizes, *strides
-    )
+    kernels.call("prefill_attention", query.dtype, query, keys, values, out, scale, softcap, *sizes, *strides)
     return out
 
 
