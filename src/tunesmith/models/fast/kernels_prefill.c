@@ -5,7 +5,7 @@
  * keeps 0.6 MB for each of them.
  */
 #ifndef T
-#define QUERIES 64
+#define QUERIES 64 /* of a block: more waste products with keys that their mask hides */
 #else
 #if !JOIN(HAS_PANELS, SUFFIX)
 

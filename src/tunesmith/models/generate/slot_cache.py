@@ -1,6 +1,6 @@
 """Keys and values of the running rows, each in a slot of fixed size, and attention that reads them there.
 
-One forward pass takes tokens of many rows side by side, without padding: pieces of prompts, or the last token
+One forward pass takes tokens of many rows side by side: pieces of prompts, or the last token
 of every running row. ``SlotCache`` is the cache that transformers' models fill; ``slot_attention``, registered
 with transformers under its own name, computes what each token sees. The model's code is unchanged.
 """
