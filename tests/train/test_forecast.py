@@ -235,13 +235,22 @@ def test_auto_trains_the_same_model_and_the_budget_is_recorded(tmp_path):
     made["train"]["micro_batch_tokens"] = "auto"
     got = weights(tunesmith.train(made, out=tmp_path / "auto")["model_dir"])
     assert apart(got, expected) < 1e-6
-    assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["micro_batch_tokens"] == memory_budget.LARGEST["cpu"]
+    assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["micro_batch_tokens"] == memory_budget.CPU_FP32
 
 
-@pytest.mark.parametrize(("device", "default", "auto"), [("cpu", 1792, 1792), ("cuda", 2048, 16384), ("mps", 1792, 1792)])
-def test_the_budget_of_a_recipe_without_one_depends_on_the_device(device, default, auto):
+@pytest.mark.parametrize(
+    ("device", "compute", "default", "auto"),
+    [
+        ("cpu", torch.bfloat16, 1792, 1792),
+        ("cpu", torch.float32, 1280, 1280),
+        ("cuda", torch.float32, 2048, 16384),
+        ("mps", torch.float32, 1792, 1792),
+    ],
+)
+def test_the_budget_of_a_recipe_without_one_depends_on_the_device(device, compute, default, auto):
     budgets = [
-        memory_budget.first_budget(TrainConfig(micro_batch_tokens=wanted), torch.device(device)) for wanted in (None, "auto", 77)
+        memory_budget.first_budget(TrainConfig(micro_batch_tokens=wanted), torch.device(device), compute)
+        for wanted in (None, "auto", 77)
     ]
     assert budgets == [default, auto, 77]
 

@@ -134,7 +134,7 @@ def _measure_run(
     train, plan, cuda = ready.recipe.train, ready.source.plan, ready.device.type == "cuda"
     job = Job(
         model=built.model, objective=ready.objective, update=built.update, source=ready.source, config=train,
-        layout=built.fast_path.layout, budget=memory_budget.first_budget(train, ready.device),
+        layout=built.fast_path.layout, budget=memory_budget.first_budget(train, ready.device, ready.precision.compute),
         device=ready.device, noise=built.noise, log=lambda record: None, evaluate=lambda position: None,
         save=lambda position: None,
     )  # fmt: skip

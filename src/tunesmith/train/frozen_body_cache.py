@@ -247,7 +247,11 @@ def _compute(
     """Run rows through the body and write their hidden states, a shard at a time."""
     layout = built.fast_path.layout
     # a CPU is as fast with one row at a time
-    budget = 1 if ready.device.type == "cpu" else memory_budget.first_budget(ready.recipe.train, ready.device)
+    budget = (
+        1
+        if ready.device.type == "cpu"
+        else memory_budget.first_budget(ready.recipe.train, ready.device, ready.precision.compute)
+    )
     lengths = [int(step.lengths[place]) for step, place in missing]
     rows: list[Row] = []
     states: list[torch.Tensor] = []

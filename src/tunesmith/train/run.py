@@ -246,7 +246,8 @@ def _finish(
 
 def _job(run: Run, built: setup.Built, position: Progression) -> Job:
     ready, config = run.setup, run.setup.recipe.train
-    budget = position.micro_batch_tokens or memory_budget.first_budget(config, ready.device)
+    compute = ready.precision.compute
+    budget = position.micro_batch_tokens or memory_budget.first_budget(config, ready.device, compute)
     job = Job(
         model=built.model, objective=ready.objective, update=built.update, source=ready.source, config=config,
         layout=built.fast_path.layout, budget=budget,
