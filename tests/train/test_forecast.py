@@ -80,7 +80,7 @@ def test_a_memory_limit_is_reported_and_kept_for_later_steps(tmp_path, monkeypat
     tried = small_machine(monkeypatch, 60, first_steps=heaviest)
     tunesmith.train(made, out=tmp_path / "run")
     said = [record for record in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "memory"]
-    assert said and said[0]["before"] == memory_budget.DEFAULT["cpu"] and said[-1]["micro_batch_tokens"] < 100
+    assert said and said[0]["before"] == memory_budget.CPU_FP32 and said[-1]["micro_batch_tokens"] < 100
     limit = said[-1]["micro_batch_tokens"]
     after = tried[max(place for place, tokens in enumerate(tried) if tokens > limit) + 1 :]
     assert after, "later steps are cut to what fits from the start"
