@@ -11,7 +11,10 @@ from tests.runs import recipe
 from tests.tiny import tiny_tokenizer
 from tunesmith.data.encode import conversations, rankings
 from tunesmith.data.rows import Chat, Ranking
-from tunesmith.train import samples
+from tunesmith.models.generate import slots
+from tunesmith.models.generate.engine import Engine
+from tunesmith.train import samples, setup
+from tunesmith.train.session import RunSession
 from tunesmith.train.train_config import SampleConfig
 
 ASKED = [
@@ -47,14 +50,32 @@ def test_a_single_question_is_shown_without_its_role():
     assert prompt.text == "which city?"
 
 
-def test_an_answer_that_did_not_stop_is_marked_as_cut(monkeypatch):
-    found = [
-        SimpleNamespace(prompt=1, text="b", ids=[7], reason="stop"),
-        SimpleNamespace(prompt=0, text="a", ids=[7, 8, 9], reason="length"),
-    ]
-    monkeypatch.setattr(samples, "Engine", lambda *_: SimpleNamespace(run=lambda requests: found))
+def test_an_answer_that_did_not_stop_is_marked_as_cut():
+    found = [SimpleNamespace(text="a", ids=[7, 8, 9], reason="length"), SimpleNamespace(text="b", ids=[7], reason="stop")]
+    released = []
+    engine = SimpleNamespace(answers=lambda requests: found, release=lambda: released.append(True))
     prompts = [samples.Prompt([3, 4], "a", None), samples.Prompt([5, 6], "b", None)]
-    assert samples.answer(None, None, prompts, 3) == [samples.Answer("a", 3), samples.Answer("b", None)]
+    assert samples.answer(engine, prompts, 3) == [samples.Answer("a", 3), samples.Answer("b", None)]
+    assert released, "the memory of the slots is free for training"
+
+
+def test_all_answers_of_a_run_come_from_one_engine_that_is_checked_once(tmp_path, monkeypatch):
+    """Of sample prompts and of held-out prompts. Each answer is that of an engine made for it alone."""
+
+    class New(RunSession):
+        engine = property(lambda self: Engine(self.model, self.tokenizer))
+
+    made = recipe(tmp_path, max_steps=3, eval_steps=1, learning_rate=0.01)
+    made["data"]["eval"] = {"path": made["data"]["train"][0]["path"], "generate": {"rows": 2, "max_new_tokens": 3, "metrics": ["exact_match"]}}
+    made["samples"] = {"count": 3, "max_new_tokens": 4}
+    checks, choose = [], slots.choose_pass
+    monkeypatch.setattr(slots, "choose_pass", lambda *given: checks.append(1) or choose(*given))
+    tunesmith.train(made, out=tmp_path / "one")
+    assert len(checks) == 1
+    monkeypatch.setattr(setup, "RunSession", New)
+    tunesmith.train(made, out=tmp_path / "new")
+    one, new = ((tmp_path / name / "samples.jsonl").read_text() for name in ("one", "new"))
+    assert one == new and len({json.loads(line)["answer"] for line in one.splitlines()}) > 2
 
 
 def test_the_report_and_the_terminal_show_where_a_sample_was_cut(tmp_path):

@@ -383,7 +383,7 @@ def _answer_prompts(run: Run, step: int) -> None:
     if run.prompts:
         length = run.setup.recipe.samples.max_new_tokens
         with fast_path.plain_attention(run.model, run.fast_path):
-            answers = samples.answer(run.model, run.setup.tokenizer, run.prompts, length)
+            answers = samples.answer(run.setup.session.engine, run.prompts, length)
         for prompt, answer in zip(run.prompts, answers, strict=True):
             record = {"step": step, "prompt": prompt.text, "answer": answer.text}
             cut = {} if answer.cut is None else {"cut": answer.cut}

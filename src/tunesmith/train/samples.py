@@ -18,7 +18,7 @@ from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.train.train_config import SampleConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 QUESTIONERS = ("user", "human")
 """Roles whose turns are questions."""
@@ -104,12 +104,10 @@ class Answer:
     cut: int | None
 
 
-def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
-) -> list[Answer]:
+def answer(engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
     """Answer greedily, so that only the model changes between two evaluations."""
     params = SamplingParams(max_new_tokens=max_new_tokens)
     requests = [Request(tuple(prompt.ids), params, number) for number, prompt in enumerate(prompts)]
-    answers = {answer.prompt: answer for answer in Engine(model, tokenizer).run(requests)}
-    ordered = [answers[number] for number in range(len(prompts))]
-    return [Answer(one.text, None if one.reason == "stop" else len(one.ids)) for one in ordered]
+    answers = engine.answers(requests)
+    engine.release()
+    return [Answer(one.text, None if one.reason == "stop" else len(one.ids)) for one in answers]

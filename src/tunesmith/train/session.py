@@ -69,6 +69,13 @@ class RunSession:
             place: value for places, values in results for place, value in zip(places, values, strict=True)
         }
 
+    @property
+    def engine(self) -> Engine:
+        """The engine of the run, which chooses and checks its forward pass once."""
+        if self._engine is None or self._engine.model is not self.model:
+            self._engine = Engine(self.model, self.tokenizer)
+        return self._engine
+
     @contextmanager
     def own_layers(self) -> Iterator[None]:
         fast, training = self._loaded(), self.model.training
@@ -98,13 +105,11 @@ class RunSession:
 
     def sample(self, requests: Sequence[Request]) -> list[Answer]:
         training, state = self.model.training, distributed.state()
-        if self._engine is None or self._engine.model is not self.model:
-            self._engine = Engine(self.model, self.tokenizer)
         # by prompt: the answers to one prompt share its prefix in the engine
         mine = [one for one in requests if one.prompt % state.num_processes == state.process_index]
         with plain_attention(self.model, self._loaded()):
-            answers = self._engine.answers(mine)
-        self._engine.release()
+            answers = self.engine.answers(mine)
+        self.engine.release()
         self.model.train(training)
         found = {(one.prompt, one.sample): one for one in distributed.gather(answers)}
         return [found[one.prompt, one.sample] for one in requests]
