@@ -66,7 +66,10 @@ def test_all_answers_of_a_run_come_from_one_engine_that_is_checked_once(tmp_path
         engine = property(lambda self: Engine(self.model, self.tokenizer))
 
     made = recipe(tmp_path, max_steps=3, eval_steps=1, learning_rate=0.01)
-    made["data"]["eval"] = {"path": made["data"]["train"][0]["path"], "generate": {"rows": 2, "max_new_tokens": 3, "metrics": ["exact_match"]}}
+    made["data"]["eval"] = {
+        "path": made["data"]["train"][0]["path"],
+        "generate": {"rows": 2, "max_new_tokens": 3, "metrics": ["exact_match"]},
+    }
     made["samples"] = {"count": 3, "max_new_tokens": 4}
     checks, choose = [], slots.choose_pass
     monkeypatch.setattr(slots, "choose_pass", lambda *given: checks.append(1) or choose(*given))
