@@ -332,7 +332,7 @@ def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: fast_path.FastPath
     if ready.objective.traits.head == "lm" and (prompts := samples.prompts(config, data, ready.tokenizer)):
         started = time.perf_counter()
         with fast_path.plain_attention(job.model, chosen):
-            samples.answer(job.model, ready.tokenizer, prompts, config.max_new_tokens)
+            samples.answer(ready.session.engine, prompts, config.max_new_tokens)
         seconds += time.perf_counter() - started
     return seconds + _answer_seconds(ready)
 
