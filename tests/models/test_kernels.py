@@ -139,3 +139,9 @@ def test_the_number_of_threads_changes_nothing():
         found.append((logits, losses, fused_layers.RMSNorm.apply(x, w, 1e-5)))
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for case in found[1:] for one, other in zip(case, found[0]))
+
+
+def test_a_c_pass_without_memory_is_an_error(monkeypatch):
+    monkeypatch.setattr(kernels, "_call", lambda *given: 1)
+    with pytest.raises(MemoryError, match="prefill_attention_f32"):
+        kernels.call_in_memory("prefill_attention", torch.float32)

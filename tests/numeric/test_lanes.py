@@ -55,7 +55,7 @@ def test_gradients_and_evaluation_are_those_of_one_lane(name, objective, adaptat
     for step in islice(job.source.steps(1), 2):
         threads.clear()
         found = gradients(job, step)
-        assert len(threads) == 2
+        assert threads and threading.get_ident() not in threads
         job.layout = replace(both, lanes=1)
         expected = gradients(job, step)
         norm = sum(float(value.double().square().sum()) for value in expected.values()) ** 0.5
@@ -72,7 +72,7 @@ def test_a_run_has_the_same_bits_each_time(precision, tmp_path, threads):
     keys = {"batch_size": 6, "micro_batch_tokens": 200, "precision": precision, "neftune_noise_alpha": 5.0}
     made = recipe(tmp_path, "llama", "sft", "full", learning_rate=1e-3, **keys)
     first, second = (weights(tunesmith.train(made, out=tmp_path / name)["model_dir"]) for name in ("first", "second"))
-    assert len(threads - {threading.get_ident()}) > 1
+    assert threads - {threading.get_ident()}
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 

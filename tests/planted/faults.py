@@ -295,7 +295,7 @@ FAULTS = [
     Fault(
         "best-model-overwritten",
         "model/ is the model of the best evaluation",
-        "train/loop.py",
+        "train/progression.py",
         "best - figure if direction ==",
         "1.0 if direction ==",
         "tests/train/test_faults.py tests/train/test_runs.py tests/train/test_verdict.py",
@@ -303,7 +303,7 @@ FAULTS = [
     Fault(
         "nan-is-best",
         "an evaluation that is not a number is never the best",
-        "train/loop.py",
+        "train/progression.py",
         "    if not math.isfinite(figure):\n        gain = -math.inf\n",
         "    if not math.isfinite(figure):\n        gain = math.inf\n",
         "tests/train/test_faults.py tests/train/test_runs.py",

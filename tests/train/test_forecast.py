@@ -340,7 +340,7 @@ def test_a_micro_batch_that_would_be_far_too_large_is_not_tried_whole(tmp_path, 
     def passes(job, step, places):
         tried.append(len(places))
         found = real(job, step, places)
-        return dataclasses.replace(found, peak=10**9 + 10**6 * found.tokens)
+        return dataclasses.replace(found, before=10**9, peak=10**9 + 10**6 * found.tokens)
 
     monkeypatch.setattr(memory_budget, "LARGEST", {"cpu": 200})
     monkeypatch.setattr(memory_budget, "_pass", passes)

@@ -92,9 +92,18 @@ def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float) -> No
     _call(loaded, name if dtype is None else f"{name}_{SUFFIX[dtype]}", *arguments)
 
 
-def _call(lib: ctypes.CDLL, name: str, *arguments: Tensor | float) -> None:
+def call_in_memory(name: str, dtype: torch.dtype | None, *arguments: Tensor | float) -> None:
+    """:func:`call` of a function that takes memory of its own. Raises MemoryError if it gets none."""
+    loaded = library()
+    assert loaded is not None, "callers ask available() first"
+    function = name if dtype is None else f"{name}_{SUFFIX[dtype]}"
+    if _call(loaded, function, *arguments) != 0:
+        raise MemoryError(f"{function}: not enough memory")
+
+
+def _call(lib: ctypes.CDLL, name: str, *arguments: Tensor | float) -> int:
     """Pass tensors as pointers, ints as int64 and floats as float."""
-    lib[name](*[_to_c(argument) for argument in arguments])
+    return int(lib[name](*[_to_c(argument) for argument in arguments]))
 
 
 def _to_c(argument: Tensor | float) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64:

@@ -129,7 +129,7 @@ class DecodeStep:
         if self.weights == "int8":
             name, dtype = "decode_step_int8", self.norm.dtype
         head = self.panels.get(id(self.head), self.head)
-        kernels.call(
+        kernels.call_in_memory(
             name, dtype, x, *arrays, self.norm, head, *tables, *places,
             0 if keep is None else keep, logits, self.epsilon, self.scale,
         )  # fmt: skip

@@ -236,7 +236,8 @@ def _attend_by_kernel(
     out = query.new_empty(rows, heads, value_dim)
     sizes = (window, heads, kv_heads, rows, seen, dim, value_dim)
     strides = (*query.stride()[:2], keys.stride(0), values.stride(0))
-    kernels.call("prefill_attention", query.dtype, query, keys, values, out, scale, softcap, *sizes, *strides)
+    tensors = query, keys, values, out
+    kernels.call_in_memory("prefill_attention", query.dtype, *tensors, scale, softcap, *sizes, *strides)
     return out
 
 
