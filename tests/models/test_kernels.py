@@ -43,19 +43,20 @@ def test_swiglu(dtype):
     close([y, *grads(y, [x], g)], [z, *grads(z, [other], g.float())], DTYPES[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 8), (torch.float32, 16), (torch.float32, 80), (torch.bfloat16, 16)])
 @pytest.mark.parametrize(
     ("segments", "behind"),
     [((1,), None), ((5,), None), ((3, 1, 7), None), ((300,), None), ((257, 2, 520), None), ((5, 1), (-1, 0)),
      ((1, 2, 3), (-1, 0, 0)), ((4, 9, 2, 3, 6, 1, 8), (-1, -1, 1, 1, 1, -1, 5)), ((300, 40, 270), (-1, 0, 0))],
 )  # fmt: skip
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_by_segments(dtype, segments, behind, kv_heads):
+def test_attention_by_segments(dtype, dim, segments, behind, kv_heads):
     """Rows longer than one block and answers after a shared prefix are included."""
     torch.manual_seed(0)
     tokens = sum(segments)
-    q, k, v = (torch.randn(heads, tokens, 8).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads))
-    g = torch.randn(tokens, 4, 8).to(dtype)
+    q, k, v = (torch.randn(heads, tokens, dim).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads))
+    assert attention.in_c(q) == (dim > 8 and dtype is torch.float32)
+    g = torch.randn(tokens, 4, dim).to(dtype)
     y = attention.CausalSegments.apply(q, k, v, families(segments, behind), 0.3)
     plain = [t.detach().double().requires_grad_() for t in (q, k, v)]
     parts, spans = [], [slice(end - length, end) for end, length in zip(accumulate(segments), segments)]
@@ -131,12 +132,14 @@ def test_stochastic_rounding_keeps_small_updates_in_the_mean():
 def test_the_number_of_threads_changes_nothing():
     torch.manual_seed(0)
     x, w, labels = torch.randn(37, 64), torch.randn(64), torch.randint(0, 64, (37,))
+    q, grouped = torch.randn(4, 37, 16, requires_grad=True), families((20, 8, 9), (-1, 0, 0))
     found, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         logits, losses = x.clone(), torch.empty(37)
         kernels.call("cross_entropy", torch.float32, logits, labels, losses, 37, 64)
-        found.append((logits, losses, fused_layers.RMSNorm.apply(x, w, 1e-5)))
+        mixed = attention.CausalSegments.apply(q, q[:2], q[2:], grouped, 0.3)
+        found.append((logits, losses, fused_layers.RMSNorm.apply(x, w, 1e-5), mixed, *grads(mixed, [q], mixed.detach())))
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for case in found[1:] for one, other in zip(case, found[0]))
 

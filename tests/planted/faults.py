@@ -57,6 +57,14 @@ FAULTS = [
         "tests/numeric/test_lanes.py",
     ),
     Fault(
+        "later-tokens-seen",
+        "a token attends to no later one",
+        "models/fast/kernels_attention.c",
+        "    RANGE(j, seen, least(seen + TALL, wide)) row[j] = 0.0f;\n",
+        "",
+        "tests/models/test_kernels.py -k attention_by_segments",
+    ),
+    Fault(
         "noise-shared-by-lanes",
         "the random numbers of a row do not depend on what runs at the same time",
         "models/heads/noise.py",

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from tunesmith.models.network import attribute
 
 NAME = "tunesmith_segments"
 ROWS = {torch.float32: 64, torch.bfloat16: 256}
-"""Most queries whose attention weights exist at the same time.
+"""Most queries whose attention weights exist at the same time, where ``in_c`` is false.
 
 Fewer of them multiply fewer keys that their mask hides, by smaller products. Forward and backward of 220
 tokens on a core with AVX2 take 4.5 ms by 64 and 6.8 ms by 256 in fp32; in bf16 4.0 and 3.3 ms.
@@ -186,21 +188,41 @@ def insert_virtual_queries(
     return layout.insert(query, query.new_zeros(1, query.shape[1], ahead, query.shape[3]), dim=2), layout
 
 
-def forward_segments(q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float) -> Tensor:
+def in_c(q: Tensor) -> bool:
+    """Return whether ``kernels_attention.c`` computes attention of these queries."""
+    return q.dtype is torch.float32 and q.shape[-1] % 16 == 0
+
+
+@lru_cache(maxsize=64)
+def _tables(grouped: tuple[Family, ...]) -> tuple[Tensor, Tensor]:
+    """Return what C reads: of each run its start, length, keys ahead and their start; the first run of each family."""
+    runs = [(run.start, run.length, run.ahead, family.start) for family in grouped for run in family.runs]
+    return torch.tensor(runs), torch.tensor([0, *accumulate(len(family.runs) for family in grouped)])
+
+
+def forward_segments(
+    q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float
+) -> tuple[Tensor, Tensor | None]:
     """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim), without a graph.
 
-    Batched products around one softmax pass: in bf16 torch's flash attention for CPUs takes three times as
-    long. Scores are rounded to bf16, as in transformers' eager attention.
+    Also returns what the backward pass of ``kernels_attention.c`` needs for each query, (heads, tokens, 2). In bf16 batched
+    products around one softmax pass: torch's flash attention for CPUs takes three times as long. Scores are rounded to bf16, as
+    in transformers' eager attention.
     """
     heads, tokens, dim = q.shape
     out = torch.empty(tokens, heads, dim, dtype=q.dtype)
+    if in_c(q):
+        (runs, _), norms = _tables(grouped), q.new_empty(heads, tokens, 2)
+        sizes = len(runs), heads, len(k), tokens, dim
+        kernels.call_in_memory("causal_attention", None, q, k, v, out, norms, runs, scale, *sizes)
+        return out, norms
     for family in grouped:
         for run in family.runs:
             k_run, v_run = family.keys(k, run), family.keys(v, run)
             for here, seen in _blocks(run, q.dtype):
                 p = _weights(q, k_run[:, :seen], here, scale)
                 out[here] = torch.bmm(p, v_run[:, :seen]).view(heads, -1, dim).transpose(0, 1)
-    return out
+    return out, None
 
 
 def _blocks(run: Run, dtype: torch.dtype) -> Iterator[tuple[slice, int]]:
@@ -232,9 +254,15 @@ def _stacked(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def backward_segments(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: Tensor | None,
+    grouped: tuple[Family, ...],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of :func:`forward_segments` by q, k and v for ``grad`` (tokens, heads, dim).
+    """Return the gradients of :func:`forward_segments` by q, k and v for ``grad`` (tokens, heads, dim) and its ``norms``.
 
     With P = causal softmax(scale q k^T): dV = P^T dO; dP = dO V^T; dS = scale P (dP - rowsum(P dP));
     dQ = dS K; dK = dS^T Q. P is computed again, for ``ROWS`` queries at a time and the keys they see: torch's
@@ -243,6 +271,12 @@ def backward_segments(
     heads, _, dim = q.shape
     kv_heads = k.shape[0]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if norms is not None:
+        (runs, edges), (dks, dvs) = _tables(grouped), torch.empty(2, *q.shape)
+        gradients = grad.contiguous(), norms, dq, dk, dv, dks, dvs, runs, edges
+        sizes = len(grouped), heads, kv_heads, q.shape[1], dim
+        kernels.call_in_memory("causal_attention_backward", None, q, k, v, *gradients, scale, *sizes)
+        return dq, dk, dv
     for family in grouped:
         whole = slice(family.start, family.start + family.length)
         several = len(family.runs) > 1 or family.length > ROWS[q.dtype]
@@ -278,11 +312,13 @@ class CausalSegments(torch.autograd.Function):
     def forward(
         ctx: Context[Kept], q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        out, norms = forward_segments(q, k, v, grouped, scale)
+        ctx.save_for_backward(q, k, v, norms)
         ctx.kept = grouped, scale
-        return forward_segments(q, k, v, grouped, scale)
+        return out
 
     @staticmethod
     def backward(ctx: Context[Kept], grad: Tensor) -> Gradients:
-        q, k, v = ctx.saved_tensors
-        return *backward_segments(grad, q, k, v, *ctx.kept), None, None
+        q, k, v, norms = ctx.saved_tensors
+        grouped, scale = ctx.kept
+        return *backward_segments(grad, q, k, v, norms, grouped, scale), None, None

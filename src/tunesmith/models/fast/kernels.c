@@ -73,7 +73,6 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
 
 #include <stdlib.h>
 #include "kernels_sampling.c"
-#include "kernels_encoder.c"
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
 #define F(name) JOIN(name, SUFFIX)
@@ -84,6 +83,8 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
 #define W T
 #define FT F
 #include "kernels_products.c"
+#include "kernels_attention.c"
+#include "kernels_encoder.c"
 #include "kernels_decode.c"
 #include "kernels_prefill.c"
 #define T float

@@ -22,9 +22,8 @@ from tunesmith import files, machine
 from tunesmith.errors import DiskError
 
 SOURCE = Path(__file__).with_name("kernels.c")
-INCLUDED = [
-    SOURCE.with_name(f"kernels_{name}.c") for name in ("encoder", "products", "decode", "prefill", "sampling")
-]
+PARTS = ("attention", "encoder", "products", "decode", "prefill", "sampling")
+INCLUDED = [SOURCE.with_name(f"kernels_{name}.c") for name in PARTS]
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 CHUNK = 1 << 22
 """Elements rounded at a time where there is no C: the hash needs 8 bytes for each."""

@@ -3,31 +3,6 @@
 #ifndef T
 #include <omp.h>
 
-/* 16 floats that the compiler keeps in one register, or in as many as the processor needs. */
-typedef float lanes __attribute__((vector_size(64)));
-static inline lanes load_lanes(const float *x) { lanes y; memcpy(&y, x, 64); return y; }
-static inline i64 round_up_16(i64 n) { return (n + 15) / 16 * 16; }
-
-/* C = A B, or C += A B, in float: A (m, n) at a[i * ai + j * aj], B (n, w) with rows of `w` floats, C (m,
- * w) likewise. m is read and written in eights, w is a multiple of 16; padding costs time and is never
- * used. */
-static inline void small_product(
-    const float *a, i64 ai, i64 aj, const float *b, float *c, i64 m, i64 n, i64 w, int add) {
-    for (i64 i = 0; i < m; i += 8)
-        for (i64 l = 0; l < w; l += 16) {
-            lanes sum[8];
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; r++) sum[r] = add ? load_lanes(c + (i + r) * w + l) : (lanes){0};
-            EACH(j, n) {
-                lanes row = load_lanes(b + j * w + l);
-#pragma GCC unroll 8
-                for (int r = 0; r < 8; r++) sum[r] += a[(i + r) * ai + j * aj] * row;
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; r++) memcpy(c + (i + r) * w + l, &sum[r], 64);
-        }
-}
-
 /* 32 random bits for element `at` under the key (low, high); noise.py has the same in torch, bit for bit. */
 static inline uint32_t drawn(uint32_t at, uint32_t low, uint32_t high) {
     return mix_bits(mix_bits(at * 0x9E3779B1u + low) ^ high);
@@ -167,9 +142,9 @@ void F(bidirectional_attention)(
             F(read_heads)(q + head * dim, stride, own, n, padded, dim, wide);
             for (i64 first = 0; first < n; first += BLOCK) {
                 i64 rows = n - first < BLOCK ? n - first : BLOCK;
-                small_product(own + first * wide, wide, 1, keys, scores, rows, dim, padded, 0);
+                product(own + first * wide, wide, keys, scores, rows, dim, padded);
                 F(softmax)(scores, scale, rows, n, padded);
-                small_product(scores, padded, 1, values, mixed, rows, n, wide, 0);
+                product(scores, padded, values, mixed, rows, n, wide);
                 EACH(i, rows) {
                     T *to = out + ((start + first + i) * heads + head) * dim;
                     SIMD EACH(j, dim) to[j] = PUT(mixed[i * wide + j]);
@@ -205,18 +180,18 @@ void F(bidirectional_attention_backward)(
             for (i64 first = 0; first < n; first += BLOCK) {
                 i64 rows = n - first < BLOCK ? n - first : BLOCK;
                 const float *queries = q + first * wide, *above = up + first * wide;
-                small_product(queries, wide, 1, keys, p, rows, dim, padded, 0);
+                product(queries, wide, keys, p, rows, dim, padded);
                 F(softmax)(p, scale, rows, n, padded);
-                small_product(p, 1, padded, above, dv, padded, rows, wide, 1);
-                small_product(above, wide, 1, values, ds, rows, dim, padded, 0);
+                add_product_across(p, padded, above, dv, padded, rows, wide);
+                product(above, wide, values, ds, rows, dim, padded);
                 EACH(i, rows) {
                     float *d = ds + i * padded, dot = 0.0f;
                     const float *w = p + i * padded;
                     SIMD_SUM(dot) EACH(j, padded) dot += w[j] * d[j];
                     SIMD EACH(j, padded) d[j] = scale * w[j] * (d[j] - dot);
                 }
-                small_product(ds, padded, 1, k, dq, rows, n, wide, 0);
-                small_product(ds, 1, padded, queries, dk, padded, rows, wide, 1);
+                product(ds, padded, k, dq, rows, n, wide);
+                add_product_across(ds, padded, queries, dk, padded, rows, wide);
                 EACH(i, rows) {
                     T *row = to + (first + i) * stride + head * dim;
                     SIMD EACH(j, dim) row[j] = PUT(dq[i * wide + j]);

@@ -50,15 +50,16 @@ class RotaryAttention(torch.autograd.Function):
         for source, target, count in ((qkv, q, heads), (qkv[:, heads * dim :], k, kv_heads)):
             kernels.call("rotary", qkv.dtype, source, target, cosine, sine, count, tokens, dim, width, 1)
         v.copy_(qkv[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).transpose(0, 1))
-        ctx.save_for_backward(q, k, v, cosine, sine)
-        return forward_segments(q, k, v, grouped, scale).view(tokens, heads * dim)
+        out, norms = forward_segments(q, k, v, grouped, scale)
+        ctx.save_for_backward(q, k, v, norms, cosine, sine)
+        return out.view(tokens, heads * dim)
 
     @staticmethod
     def backward(ctx: Context[Kept], grad: Tensor) -> Gradients:
-        q, k, v, cosine, sine = ctx.saved_tensors
+        q, k, v, norms, cosine, sine = ctx.saved_tensors
         heads, kv_heads, grouped, scale = ctx.kept
         tokens, dim = q.shape[1:]
-        dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, grouped, scale)
+        dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, norms, grouped, scale)
         width = (heads + 2 * kv_heads) * dim
         out = grad.new_empty(tokens, width)
         for target, source, count in ((out, dq, heads), (out[:, heads * dim :], dk, kv_heads)):
