@@ -33,6 +33,11 @@ def test_what_runs_at_the_same_time_is_within_the_budget(lengths, budget, lanes)
     assert all(list(share) == sorted(share) for share in shares)
 
 
+def test_turns_follow_the_tokens_that_a_lane_has_done():
+    assert lane_groups.turns([50, 40, 30, 20], [[0], [1, 2], [3]]) == [3, 1, 0, 2]
+    assert lane_groups.turns([9, 9, 9, 9], [[0, 2], [1, 3]]) == [0, 1, 2, 3]
+
+
 def test_without_lanes_every_micro_batch_runs_alone():
     assert lane_groups.count_alone([5, 9], 100, 1) == 2
     assert lane_groups.count_together([5, 9], 100, 1) == 1

@@ -51,9 +51,9 @@ FAULTS = [
     Fault(
         "gradients-of-a-lane-lost",
         "the gradients of micro-batches that run at the same time are added",
-        "train/master_weights.py",
-        "        self.lanes.join(self.masters)\n",
-        "",
+        "train/lane_gradients.py",
+        "            self.master.grad.add_(gradient)\n",
+        "            pass\n",
         "tests/numeric/test_lanes.py",
     ),
     Fault(
@@ -73,12 +73,12 @@ FAULTS = [
         "tests/numeric/test_lanes.py",
     ),
     Fault(
-        "lanes-in-one-sum",
+        "gradients-of-lanes-as-they-come",
         "a run in lanes has the same bits each time",
         "train/lane_gradients.py",
-        '        lane = vars(self._current).get("lane", 0)\n',
-        "        lane = min(self._sums, default=0)\n",
-        "tests/numeric/test_lanes.py",
+        "            self._early[turn] = gradient\n",
+        "            self._early[self._next] = gradient\n",
+        "tests/train/test_lane_gradients.py",
     ),
     Fault(
         "target-off-by-one",

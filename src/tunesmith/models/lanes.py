@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 LANES = 2
 """Most passes at the same time: more would have too few tokens each for products at the full rate."""
 MOST_TRAINED = 250_000_000
-"""Most trained weights: every lane but the first keeps sums of their gradients in fp32."""
+"""Most trained weights. Lanes keep no sums of gradients of their own, but larger networks have not been measured."""
 LEAST_TOKENS, LEAST_WORK = 64, 10**9
 """Smallest share of a pass: tokens, and tokens times weights. Below, Python between the products takes most of the time, and two
 threads share it."""

@@ -188,13 +188,13 @@ class Shards:
         groups = enumerate(self.optimizer.param_groups)
         return {f"group {number}": group["params"][0] for number, group in groups}
 
-    def backward(self, loss: torch.Tensor, last: bool, lane: int = 0) -> None:
+    def backward(self, loss: torch.Tensor, last: bool, turn: int | None = None) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         with distributed.collective(other_work=True):
             # DeepSpeed takes the mean over processes; the loop needs the sum
             self.engine.backward(loss * self.world, scale_wrt_gas=False)
 
-    def rehearse(self, loss: torch.Tensor, lane: int = 0) -> None:
+    def rehearse(self, loss: torch.Tensor, turn: int | None = None) -> None:
         # without .grad, which DeepSpeed's hooks would see
         torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
 

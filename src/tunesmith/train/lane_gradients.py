@@ -1,13 +1,14 @@
-"""Losses and gradients of micro-batches that run at the same time, each lane's in sums of its own.
+"""Losses and gradients of micro-batches that run at the same time.
 
-Sums of floats depend on the order of their terms, and threads end in any order. Each lane adds its micro-batches in order, and
-the sums of the lanes are joined in order, so a run computes the same bits each time.
+Sums of floats depend on the order of their terms, and threads end in any order. So each micro-batch of a step has a turn, and
+every gradient is added in the order of the turns: a run computes the same bits each time. One that comes early waits in memory;
+no thread waits.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -18,75 +19,106 @@ from tunesmith.train.metric_sums import Sums
 
 
 def sums(
-    run: Callable[[list[int], int], Sums | int], tokens: Sequence[int], budget: int, number: int
+    run: Callable[[int, int], Sums | int], tokens: Sequence[int], budget: int, number: int
 ) -> Sums | int:
     """Return the sums of micro-batches of ``tokens``, in descending order, in ``number`` lanes; see ``models.lanes.run``.
 
-    ``run(numbers, lane)`` returns the sums of some of them, or the index in ``numbers`` of one that did not fit into memory.
-    Then this function returns its number.
+    ``run(index, turn)`` returns the sums of one of them, or an int if it did not fit into memory. Then this function returns
+    its index, and the lanes begin no other micro-batch.
     """
     alone = lane_groups.count_alone(tokens, budget, number)
-    first = run(list(range(alone)), 0)
-    if isinstance(first, int) or alone == len(tokens):
-        return first
     shares = [[alone + index for index in share] for share in lane_groups.shared_out(tokens[alone:], number)]
-    loss, metrics = first
-    for share, outcome in zip(
-        shares, lanes.in_threads(lambda lane: run(shares[lane], lane), number), strict=True
-    ):
-        if isinstance(outcome, int):
-            return share[outcome]
-        loss = loss + outcome[0]
-        for name, pair in outcome[1].items():
+    turns = {index: turn for turn, index in enumerate([*range(alone), *lane_groups.turns(tokens, shares)])}
+    found: dict[int, Sums] = {}
+    failed: list[int] = []
+
+    def run_all(indices: Iterable[int]) -> None:
+        for index in indices:
+            if failed:
+                return
+            outcome = run(index, turns[index])
+            if isinstance(outcome, int):
+                failed.append(index)
+            else:
+                found[index] = outcome
+
+    run_all(range(alone))
+    if alone < len(tokens) and not failed:
+        lanes.in_threads(lambda lane: run_all(shares[lane]), number)
+    if failed:
+        return min(failed)
+    loss, metrics = found[0]
+    for index in range(1, len(tokens)):
+        loss = loss + found[index][0]
+        for name, pair in found[index][1].items():
             metrics[name] = metrics[name] + pair if name in metrics else pair
     return loss, metrics
 
 
 class LaneGradients:
-    """Sums in fp32 of the gradients by ``parameters``, for every lane but the first, whose sums are ``.grad``.
+    """Adds the gradients by ``parameters`` to those of the ``masters``, which may be the parameters themselves.
 
-    The backward pass of another lane gives each gradient to a hook, which adds it at once: all gradients of a pass never exist
-    at the same time.
+    The backward pass gives each gradient to a hook, which adds it at once: all gradients of a pass never exist at the same
+    time.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], masters: Mapping[str, torch.Tensor]
+    ) -> None:
         self.parameters = dict(parameters)
-        self._sums: dict[int, dict[str, torch.Tensor]] = {}
+        self._sums = {name: _OrderedSum(master) for name, master in masters.items()}
         self._current = threading.local()
 
     def install_hooks(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.register_hook(partial(self._take, name))  # type: ignore[no-untyped-call]
 
-    def backward(self, loss: torch.Tensor, lane: int) -> None:
-        """Add the gradient of ``loss`` to the sums of ``lane``, counted from 1."""
-        self._sums.setdefault(lane, {})
-        self._current.lane = lane
+    def backward(self, loss: torch.Tensor, turn: int) -> None:
+        """Add the gradient of ``loss`` as that of number ``turn`` of the step, counted from 0."""
+        self._current.turn = turn
         try:
-            torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+            taken = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         finally:
-            self._current.lane = 0
+            self._current.turn = None
+        for total, gradient in zip(self._sums.values(), taken, strict=True):
+            if gradient is None:  # no hook was called: the weight took no part
+                total.add(turn, None)
 
     def _take(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
-        lane = vars(self._current).get("lane", 0)
-        if lane == 0:
+        turn = vars(self._current).get("turn")
+        if turn is None:
             return None
-        sums = self._sums[lane]
-        if name in sums:
-            sums[name].add_(gradient)
-        else:
-            sums[name] = gradient.to(
-                torch.float32, copy=True
-            )  # autograd may give one tensor to several weights
+        self._sums[name].add(turn, gradient)
         return gradient.new_zeros(()).expand_as(gradient)  # what autograd keeps until the pass ends
 
-    def join(self, masters: Mapping[str, torch.Tensor]) -> None:
-        """Add the sums of all lanes to the gradients of ``masters``, and forget them."""
-        for lane in sorted(self._sums):
-            for name, total in self._sums[lane].items():
-                gradient = masters[name].grad
-                masters[name].grad = total if gradient is None else gradient.add_(total)
+    def clear(self) -> None:
+        for total in self._sums.values():
+            total.clear()
+
+
+class _OrderedSum:
+    """Adds the gradients of one weight to its ``master``'s in the order of their turns."""
+
+    def __init__(self, master: torch.Tensor) -> None:
+        self.master = master
+        self._lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
-        self._sums = {}
+        self._next = 0
+        self._early: dict[int, torch.Tensor | None] = {}
+
+    def add(self, turn: int, gradient: torch.Tensor | None) -> None:
+        with self._lock:
+            self._early[turn] = gradient
+            while self._next in self._early:
+                self._add(self._early.pop(self._next))
+                self._next += 1
+
+    def _add(self, gradient: torch.Tensor | None) -> None:
+        if gradient is None:
+            return
+        if self.master.grad is None:  # a copy: autograd may give one tensor to several weights
+            self.master.grad = torch.empty_like(self.master, requires_grad=False).copy_(gradient)
+        else:
+            self.master.grad.add_(gradient)

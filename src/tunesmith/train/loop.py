@@ -217,18 +217,18 @@ def train_step(job: Job, step: Step) -> dict[str, float]:
     return {**record, **rates, **job.update.figures()}
 
 
-Backward = Callable[[torch.Tensor, bool, int], None]
-"""(loss, whether it is the last of the step, lane) -> None."""
+Backward = Callable[[torch.Tensor, bool, int | None], None]
+"""(loss, whether it is the last of the step, turn) -> None."""
 
 
 def accumulate(
-    job: Job, step: Step, micro: list[Micro], total: float, backward: Backward, lane: int = 0
+    job: Job, step: Step, micro: list[Micro], total: float, backward: Backward, turn: int | None = None
 ) -> Sums | int:
     """Run forward and backward of every micro-batch of this process, each loss divided by ``total``.
 
     Returns the sums, or the number of the micro-batch that did not fit into memory: returned, not raised,
     because a traceback keeps tensors alive. ``halve`` splits that micro-batch for the next attempt, whose
-    result is the same. ``lane``: see ``models.lanes``.
+    result is the same. ``turn``: see ``train.lane_gradients``.
     """
     losses: list[torch.Tensor] = []
     sums: dict[str, torch.Tensor] = {}
@@ -236,7 +236,7 @@ def accumulate(
         try:
             _set_noise(job, step, part)
             loss, metrics = job.objective.loss(job.model, to_device(part.batch, job.device))
-            backward(loss * 0.0 if part.idle else loss / total, number + 1 == len(micro), lane)
+            backward(loss * 0.0 if part.idle else loss / total, number + 1 == len(micro), turn)
         except (RuntimeError, MemoryError) as error:
             if not machine.is_out_of_memory(error):
                 raise
@@ -257,9 +257,11 @@ def accumulate_in_lanes(
 
     ``halve`` is told the number of one that did not fit, as by ``accumulate``.
     """
+    if len(micro) < 2:
+        return accumulate(job, step, micro, total, backward)
 
-    def run(numbers: list[int], lane: int) -> Sums | int:
-        return accumulate(job, step, [micro[number] for number in numbers], total, backward, lane)
+    def run(number: int, turn: int) -> Sums | int:
+        return accumulate(job, step, [micro[number]], total, backward, turn)
 
     return lane_gradients.sums(run, [part.tokens for part in micro], job.budget, job.layout.lanes)
 

@@ -40,14 +40,16 @@ class TrainedWeights(Protocol):
     def sampled(self) -> Mapping[str, torch.Tensor]:
         """The fp32 weights of this process, for ``train.update_ratio``: ``share`` of all."""
 
-    def backward(self, loss: torch.Tensor, last: bool, lane: int = 0) -> None:
-        """Add the gradient of ``loss``. ``last``: this is the last one of the step. ``lane``: see ``models.lanes``."""
+    def backward(self, loss: torch.Tensor, last: bool, turn: int | None = None) -> None:
+        """Add the gradient of ``loss``.
 
-    def rehearse(self, loss: torch.Tensor, lane: int = 0) -> None:
+        ``last``: this is the last one of the step. ``turn``: see ``train.lane_gradients``."""
+
+    def rehearse(self, loss: torch.Tensor, turn: int | None = None) -> None:
         """Do the work of ``backward`` for a gradient that ``clear`` discards."""
 
     def norm(self, scale: float) -> torch.Tensor:
-        """Sum gradients over lanes and processes and divide them by the loss ``scale``.
+        """Sum gradients over processes and divide them by the loss ``scale``.
 
         Returns their norm on the device; NaN or infinity if a gradient is not finite."""
 
@@ -95,7 +97,6 @@ class Masters:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.copies = compute is not torch.float32
         self.masters: dict[str, torch.Tensor] = {}
-        self.lanes = LaneGradients(self.parameters)
         self._norm = torch.zeros(())
         files = MappedFiles()
         for name, parameter in self.parameters.items():
@@ -106,6 +107,7 @@ class Masters:
                 parameter.data = stored.float()
                 files.drop(stored)
             self.masters.setdefault(name, parameter)
+        self.lanes = LaneGradients(self.parameters, self.masters)
 
     @property
     def size(self) -> int:
@@ -115,20 +117,20 @@ class Masters:
         return self.masters
 
     def install_hooks(self) -> None:
-        """Move each gradient to its master, or to the sums of its lane, during backward from now on."""
+        """Add each gradient to its master's during backward from now on."""
         self.lanes.install_hooks()
         if self.copies:
             for name, parameter in self.parameters.items():
                 parameter.register_post_accumulate_grad_hook(_MoveGradient(self.masters[name]))
 
-    def backward(self, loss: torch.Tensor, last: bool, lane: int = 0) -> None:
-        if lane:
-            self.lanes.backward(loss, lane)
-        else:
+    def backward(self, loss: torch.Tensor, last: bool, turn: int | None = None) -> None:
+        if turn is None:
             loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        else:
+            self.lanes.backward(loss, turn)
 
-    def rehearse(self, loss: torch.Tensor, lane: int = 0) -> None:
-        self.backward(loss, last=True, lane=lane)
+    def rehearse(self, loss: torch.Tensor, turn: int | None = None) -> None:
+        self.backward(loss, last=True, turn=turn)
 
     def norm(self, scale: float) -> torch.Tensor:
         gradients = list(self.gradients().values())
@@ -165,7 +167,6 @@ class Masters:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by name; zeros for a parameter that got none in this step because no row reached it."""
-        self.lanes.join(self.masters)
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)

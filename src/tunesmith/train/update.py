@@ -57,16 +57,16 @@ class Update:
         """A possible remedy for a loss that is not finite, as part of a sentence."""
         return "use train.precision=bf16 (fp16 holds no activation above 65504), " if self.loss_scale else ""
 
-    def backward(self, loss: torch.Tensor, last: bool = True, lane: int = 0) -> None:
+    def backward(self, loss: torch.Tensor, last: bool = True, turn: int | None = None) -> None:
         """Add the gradient of ``loss`` (a sum, already divided by the loss units of the whole step).
 
-        ``last``: this is the last micro-batch of the step. ``lane``: see ``models.lanes``.
+        ``last``: this is the last micro-batch of the step. ``turn``: see ``train.lane_gradients``.
         """
-        self.masters.backward(self._scaled(loss), last, lane)
+        self.masters.backward(self._scaled(loss), last, turn)
 
-    def rehearse(self, loss: torch.Tensor, last: bool = True, lane: int = 0) -> None:
+    def rehearse(self, loss: torch.Tensor, last: bool = True, turn: int | None = None) -> None:
         """Do the work of ``backward`` for a gradient that ``clear_gradients`` discards."""
-        self.masters.rehearse(self._scaled(loss), lane)
+        self.masters.rehearse(self._scaled(loss), turn)
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.loss_scale is None else loss * self.loss_scale.scale

@@ -39,6 +39,17 @@ def shared_out(lengths: Sequence[int], number: int) -> list[list[int]]:
     return groups
 
 
+def turns(tokens: Sequence[int], shares: Sequence[Sequence[int]]) -> list[int]:
+    """Return the indices of ``shares``, one share for each lane, in the order in which the lanes are expected to end them."""
+    ends: list[tuple[int, int]] = []
+    for share in shares:
+        done = 0
+        for index in share:
+            done += tokens[index]
+            ends.append((done, index))
+    return [index for _, index in sorted(ends)]
+
+
 def count_alone(tokens: Sequence[int], budget: int, lanes: int) -> int:
     """Return how many micro-batches of ``tokens``, from the first on, run alone.
 

@@ -1,0 +1,71 @@
+"""Gradients of micro-batches that run at the same time are added in a fixed order, straight into the masters' gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from tunesmith.models import lanes
+from tunesmith.models.load import compute_dtype
+from tunesmith.train import lane_gradients
+from tunesmith.train.master_weights import Masters
+
+
+def masters_of(model, compute=torch.float32):
+    masters = Masters(model, compute)
+    compute_dtype.cast(model, compute)
+    masters.install_hooks()
+    return masters
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_gradients_are_added_in_the_order_of_their_turns(order, compute):
+    """2^30 + 1 - 2^30 is 0 in fp32, and 1 in other orders."""
+    model = nn.Linear(1, 1, bias=False)
+    masters = masters_of(model, compute)
+    inputs = [2.0**30, 1.0, -(2.0**30)]
+    for turn in order:
+        masters.backward(model(torch.tensor([[inputs[turn]]], dtype=compute)).sum(), last=False, turn=turn)
+    assert masters.gradients()["weight"].item() == 0
+    masters.clear()
+    for turn, place in enumerate([0, 2, 1]):
+        masters.backward(model(torch.tensor([[inputs[place]]], dtype=compute)).sum(), last=False, turn=turn)
+    assert masters.gradients()["weight"].item() == 1
+
+
+def test_a_weight_without_a_gradient_does_not_stop_later_turns():
+    model = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
+    masters = masters_of(model)
+    for turn, part in ((0, 0), (2, 1), (1, 1)):
+        masters.backward(model[part](torch.ones(1, 1)).sum(), last=False, turn=turn)
+    assert [gradient.item() for gradient in masters.gradients().values()] == [1, 2]
+
+
+def test_one_gradient_of_two_weights_is_added_to_both():
+    model = nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))])
+    masters = masters_of(model)
+    for turn in range(2):
+        masters.backward((model[0] + model[1]).sum(), last=False, turn=turn)
+    assert [gradient.tolist() for gradient in masters.gradients().values()] == [[2, 2], [2, 2]]
+
+
+def test_discarded_gradients_are_not_added_later():
+    model = nn.Linear(1, 1, bias=False)
+    masters = masters_of(model)
+    masters.backward(model(torch.full((1, 1), 7.0)).sum(), last=False, turn=1)  # turn 0 ran out of memory
+    masters.clear()
+    for turn in range(2):
+        masters.backward(model(torch.ones(1, 1)).sum(), last=False, turn=turn)
+    assert masters.gradients()["weight"].item() == 2
+
+
+def test_lanes_begin_nothing_after_a_micro_batch_that_did_not_fit(monkeypatch):
+    monkeypatch.setattr(lanes, "in_threads", lambda work, number: [work(lane) for lane in range(number)])
+    ran = []
+
+    def run(index, turn):
+        ran.append(index)
+        return 0 if index == 2 else (torch.tensor(1.0), {})
+
+    assert lane_gradients.sums(run, [9] * 6, 18, 2) == 2
+    assert ran == [0, 2]
