@@ -16,6 +16,7 @@ from tunesmith.data.data_config import READING_KEYS
 from tunesmith.errors import NonFiniteError, RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import lora_factors, virtual_tokens
+from tunesmith.models.fast import kernels
 from tunesmith.models.find import record
 from tunesmith.models.generate import stop_tokens
 from tunesmith.models.heads import value_head
@@ -91,6 +92,7 @@ def save_model(run: Run) -> None:
                 probe.write_probe(target, run.model, tokenizer, made_by, trained)
 
     if run.main:
+        kernels.return_freed_memory()  # saving takes as much memory as the weights
         files.publish_folder(run.folder.model, write, 4 * masters.size + 8 * 2**20)
 
 
