@@ -39,6 +39,20 @@ def test_those_above_the_budget_run_alone_on_all_cores():
     assert found == [(True, 2), (False, 1), (False, 1)]
 
 
+def test_a_lane_that_is_free_takes_the_next():
+    ended, others = [], threading.Event()
+
+    def work(index):
+        if index == 0:
+            return others.wait(timeout=30)
+        ended.append(index)
+        if len(ended) == 3:
+            others.set()
+        return True
+
+    assert all(lanes.run(work, [9, 9, 9, 9], 20, 2))
+
+
 def test_an_error_is_raised_when_all_have_ended():
     ended = []
 

@@ -58,12 +58,10 @@ def run(work: Callable[[int], Result], tokens: Sequence[int], budget: int, numbe
     alone = lane_groups.count_alone(tokens, budget, number)
     results = {index: work(index) for index in range(alone)}
     if alone < len(tokens):
-        shares = lane_groups.shared_out(tokens[alone:], number)
-
-        def run_lane(lane: int) -> dict[int, Result]:
-            return {alone + index: work(alone + index) for index in shares[lane]}
-
-        for found in in_threads(run_lane, number):
+        waiting = iter(
+            range(alone, len(tokens))
+        )  # a lane that is free takes the next: cores are not equally fast
+        for found in in_threads(lambda lane: {index: work(index) for index in waiting}, number):
             results |= found
     return [results[index] for index in range(len(tokens))]
 
