@@ -58,9 +58,8 @@ def run(work: Callable[[int], Result], tokens: Sequence[int], budget: int, numbe
     alone = lane_groups.count_alone(tokens, budget, number)
     results = {index: work(index) for index in range(alone)}
     if alone < len(tokens):
-        waiting = iter(
-            range(alone, len(tokens))
-        )  # a lane that is free takes the next: cores are not equally fast
+        # a lane that is free takes the next one: cores are not equally fast
+        waiting = iter(range(alone, len(tokens)))
         for found in in_threads(lambda lane: {index: work(index) for index in waiting}, number):
             results |= found
     return [results[index] for index in range(len(tokens))]

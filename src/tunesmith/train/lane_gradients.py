@@ -44,9 +44,8 @@ def sums(
 
     run_all(range(alone))
     if alone < len(tokens) and not failed:
-        waiting = iter(
-            range(alone, len(tokens))
-        )  # a lane that is free takes the next: cores are not equally fast
+        # a lane that is free takes the next one: cores are not equally fast
+        waiting = iter(range(alone, len(tokens)))
         lanes.in_threads(lambda lane: run_all(waiting), number)
     if failed:
         return min(failed)
