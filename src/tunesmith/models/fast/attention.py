@@ -205,9 +205,9 @@ def forward_segments(
 ) -> tuple[Tensor, Tensor | None]:
     """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim), without a graph.
 
-    Also returns what the backward pass of ``kernels_attention.c`` needs for each query, (heads, tokens, 2). In bf16 batched
-    products around one softmax pass: torch's flash attention for CPUs takes three times as long. Scores are rounded to bf16, as
-    in transformers' eager attention.
+    Where C computes it, also returns what the backward pass needs for each query, (heads, tokens, 2), else None. In bf16 there
+    are batched products around one softmax pass, because torch's flash attention for CPUs takes three times as long. Scores are
+    rounded to bf16, as in transformers' eager attention.
     """
     heads, tokens, dim = q.shape
     out = torch.empty(tokens, heads, dim, dtype=q.dtype)
