@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.models.test_kernels import close
 from tests.numeric.test_parity import examples, take_gradients
 from tests.tiny import tiny_model, tiny_tokenizer
-from tunesmith.data.batch.pack import PACKED, with_targets
+from tunesmith.data.batch.pack import PACKED
+from tunesmith.data.batch.shared_prompts import with_targets
 from tunesmith.models.fast import attention, kernels
 from tunesmith.models.heads import lm_head
 from tunesmith.models.heads.log_probs import BlockedLogProbs, log_probs

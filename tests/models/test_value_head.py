@@ -7,7 +7,8 @@ from torch import nn
 from tests.numeric.test_parity import examples
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import full, lora
-from tunesmith.data.batch.pack import PACKED, PADDED, with_targets
+from tunesmith.data.batch.pack import PACKED, PADDED
+from tunesmith.data.batch.shared_prompts import with_targets
 from tunesmith.errors import ModelError
 from tunesmith.models.fast import attention
 from tunesmith.models.heads import lm_head, log_probs, value_head

@@ -12,7 +12,8 @@ import torch
 from tests.models import standin
 from tests.numeric.test_parity import examples, take_gradients
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
-from tunesmith.data.batch.pack import PACKED, PADDED, with_targets
+from tunesmith.data.batch.pack import PACKED, PADDED
+from tunesmith.data.batch.shared_prompts import with_targets
 from tunesmith.models.fast import attention, kernels, varlen
 from tunesmith.models.heads import lm_head
 from tunesmith.objectives import sft

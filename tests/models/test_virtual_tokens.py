@@ -10,7 +10,8 @@ import torch
 from tests.models import standin
 from tests.models.virtual_tokens import COUNT, KINDS, TOKENIZER, adapted, by_peft, ids_of, rows
 from tests.tiny import TINY, tiny_model
-from tunesmith.data.batch.pack import PACKED, PADDED, with_targets
+from tunesmith.data.batch.pack import PACKED, PADDED
+from tunesmith.data.batch.shared_prompts import with_targets
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, kernels, varlen

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import tiny_model
-from tunesmith.data.batch import pack
+from tunesmith.data.batch import shared_prompts
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.metrics.token_mean import token_mean
 from tunesmith.models.fast import attention
@@ -72,7 +72,7 @@ def test_losses_of_rows_are_those_of_each_row_alone(packed, way, monkeypatch):
     lm_head.use_plain_head(model, way == "plain")
     together = sft.Objective(sft.Config()).collate(examples(), PACKED if packed else PADDED)
     found = lm_head.row_losses(model, together)
-    alone = [pack.with_targets([one], PADDED) for one in examples()]
+    alone = [shared_prompts.with_targets([one], PADDED) for one in examples()]
     lm_head.use_plain_head(model, False)
     model.set_attn_implementation("eager")
     wanted = [(float(lm_head.lm_loss(model, one).detach()), len(one["labels"])) for one in alone if len(one["labels"])]

@@ -33,7 +33,8 @@ def answers(prompts=PROMPTS, lengths=ANSWERS):
         ids = np.concatenate([np.arange(5, 5 + prompt), generator.integers(5, 500, length)]).astype(np.int32)
         tokens = {name: generator.normal(0, 0.3, length).astype(np.float32) for name in ("old_values", "advantages", "returns")}
         old = {name: generator.normal(-6, 0.3, length).astype(np.float32) for name in ("old_logps", "reference_logps")}
-        made.append({"input_ids": ids, "supervised": np.arange(len(ids)) >= prompt, **tokens, **old})
+        prompt_alone = {"supervised": np.arange(len(ids)) >= prompt, "shared": np.array([prompt])}
+        made.append({"input_ids": ids, **prompt_alone, **tokens, **old})
     return made
 
 
@@ -42,11 +43,11 @@ BEGINNING = [{**one, "shared": np.array([3])} for one in answers()]
 
 
 def test_neighbours_share_their_prompt_or_what_all_prompts_begin_with():
-    """Whichever saves more: three answers each to prompts with little in common, one each after a long system message."""
+    """Whatever saves more: three answers each to prompts with little in common, one each after a long system message."""
     groups = [np.array([1, 2, 3, first, 5]) for first in (7, 7, 7, 8, 8, 8)]
     alone = [np.array([1, 2, 3, first]) for first in range(5)]
     assert shared_prompts.prefixes(groups) == [5] * 6 and shared_prompts.prefixes(alone) == [3] * 5
-    assert shared_prompts.prefixes([*alone, np.array([2, 2])]) == [4, 4, 4, 4, 4, 2], "nothing in common"
+    assert shared_prompts.prefixes([np.array([2, 2]), *alone]) == [0, 3, 3, 3, 3, 3], "one has nothing in common with others"
     batch = answer_batch.with_answers(BEGINNING, PACKED)
     assert batch["segments"] == (3, 9, 5, 10, 4, 3, 10, 6) and batch["behind"] == (-1, 0, 0, 0, 0, 0, 0, 0)
 

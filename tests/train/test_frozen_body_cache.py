@@ -14,7 +14,7 @@ import tunesmith
 from tests.runs import apart, history, killed_before, recipe, weights
 from tests.train.launching import forked
 from tunesmith import files
-from tunesmith.data.batch import pack
+from tunesmith.data.batch import shared_prompts
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.store import cache
 from tunesmith.models.heads import lm_head
@@ -279,14 +279,14 @@ def test_any_batch_of_known_rows_finds_its_own_outputs(pairs, packed, order, kno
     """Short rows of four words: many are equal, or equal but for their places."""
     folder = tmp_path_factory.mktemp("bodies")
     layout = PACKED if packed else PADDED
-    rows = [rows_of(pack.with_targets([example(pair)], PACKED))[0] for pair in pairs]
+    rows = [rows_of(shared_prompts.with_targets([example(pair)], PACKED))[0] for pair in pairs]
     kept = CachedStates(2, torch.float32)
     some = list({row.digest: row for row in rows[:known]}.values())
     if some:
         kept.write(folder, some, [output_of(row) for row in some])
     kept.read(folder)
     order.shuffle(pairs)
-    batch = pack.with_targets([example(pair) for pair in pairs], layout)
+    batch = shared_prompts.with_targets([example(pair) for pair in pairs], layout)
     of_batch = rows_of(batch)
     assert [row.ids.tolist() for row in of_batch] == [ids for ids, _ in pairs]
     wanted = [row for row in of_batch if len(row.places)]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
-from tunesmith.data.batch import pack
+from tunesmith.data.batch import pack, shared_prompts
 from tunesmith.data.batch.pack import Layout
 from tunesmith.data.batch.step import Batch, Example, Source, Step
 from tunesmith.data.encode import texts
@@ -88,6 +88,8 @@ class Traits:
     """Dropout is off, because log-probabilities and rewards must depend on the weights alone."""
     shares_prompts: bool = False
     """A batch computes once what several answers begin with (``data.batch.shared_prompts``)."""
+    shares_beginnings: bool = False
+    """A batch computes once what several rows begin with before their first target, such as a system message."""
     needs_reference: bool = False
     """Examples need the ``reference_logps`` that :meth:`Objective.reference_logps` returned before step 1."""
     starter: Mapping[str, object] = field(default_factory=lambda: {"path": "builtin:docstrings"})
@@ -241,7 +243,7 @@ class LanguageModel(Objective):
     """An objective that predicts the supervised tokens of each row from the tokens before them."""
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        return {**pack.with_targets(examples, layout), "rows": pack.file_rows(examples)}
+        return {**shared_prompts.with_targets(examples, layout), "rows": pack.file_rows(examples)}
 
     def count(self, batch: Batch) -> int:
         """Supervised tokens; the first token of a row has nothing before it and is none."""

@@ -37,7 +37,9 @@ class Config(objectives.Config):
 
 class Objective(objectives.LanguageModel):
     config: Config
-    traits = Traits(rows=(Chat, PromptCompletion, Text), starter={"path": "builtin:docstrings"}, assumed=True)
+    traits = Traits(
+        rows=(Chat, PromptCompletion, Text), shares_beginnings=True, starter={"path": "builtin:docstrings"}, assumed=True
+    )  # fmt: skip
 
     def encode(self, rows: Sequence[Written], tokenizer: Tokenizer) -> list[list[Example]]:
         train_on, expand_turns = self.config.train_on, self.config.expand_turns

@@ -20,35 +20,20 @@ NOT_OF_TOKENS = ("input_ids", "supervised", "shared", "row", "content", "cut")
 
 
 def with_answers(examples: Sequence[Example], layout: Layout) -> Batch:
-    """``pack.with_targets``, whose targets are the tokens of the answers, (tokens,); a prompt that has no
-    answer, in the parity check of an evaluation, is a target itself. A shared layout holds once what
-    neighbours begin with, such as the prompt of several answers (``shared_prompts.prefixes``).
+    """``shared_prompts.with_targets``, whose targets are the tokens of the answers, (tokens,); a prompt that has no
+    answer, in the parity check of an evaluation, is a target itself.
 
     Arrays of the answers' tokens (``old_logps``, ``advantages``, ...) are joined, (tokens,). ``owners``
-    (tokens,): the answer of each token. ``lengths``: tokens of each answer, on the host. ``rows``: see
-    ``pack.file_rows``.
+    (tokens,): the answer of each token. ``rows``: see ``pack.file_rows``.
     """
     examples = [
         {"supervised": np.ones(len(example["input_ids"]), np.bool_), **example} for example in examples
     ]
-    joined_prompts = shared_prompts.join(examples, layout.packed and layout.shared)
-    batch, places = shared_prompts.arrange(joined_prompts, layout)
-    # the first token of a row is no target: no token predicts it
-    targets = [np.flatnonzero(example["supervised"][1:]) + 1 for example in examples]
-    lengths = [len(tokens) for tokens in targets]
-    joined = {
-        "positions": np.concatenate(
-            [place[tokens - 1] for place, tokens in zip(places, targets, strict=True)]
-        ),
-        "labels": np.concatenate(
-            [example["input_ids"][tokens] for example, tokens in zip(examples, targets, strict=True)]
-        ).astype(np.int64),
-    }
+    batch = shared_prompts.with_targets(examples, layout)
     names = [name for name in examples[0] if name not in NOT_OF_TOKENS]
-    joined |= {name: np.concatenate([example[name] for example in examples]) for name in names}
-    owners = np.repeat(np.arange(len(examples)), lengths)
-    rows = pack.file_rows(examples)
-    return {**batch, **pack.tensors(**joined, owners=owners), "lengths": lengths, "rows": rows}
+    joined = {name: np.concatenate([example[name] for example in examples]) for name in names}
+    owners = np.repeat(np.arange(len(examples)), batch["lengths"])
+    return {**batch, **pack.tensors(**joined, owners=owners), "rows": pack.file_rows(examples)}
 
 
 def with_prefixes(examples: Sequence[Example]) -> list[Example]:

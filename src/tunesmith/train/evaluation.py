@@ -104,6 +104,8 @@ def records(
     step = Step(0, data, np.arange(len(data)) if rows is None else rows, objective.collate)
     if session is not None and objective.traits.samples:
         return objective.sample_records(session, step)
+    if objective.traits.shares_beginnings and layout.shared:
+        step = step.sharing_beginnings()
 
     @torch.no_grad()
     def run(places: Sequence[int]) -> JsonObject:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tunesmith import machine
-from tunesmith.data.batch.pack import PADDED, Layout, to_device
+from tunesmith.data.batch.pack import PACKED, PADDED, Layout, to_device
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models import lanes
@@ -35,6 +35,7 @@ from tunesmith.train.train_config import TrainConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NOT_SHARED = "what several answers or rows begin with is computed for each"
 EVALUATION_TOLERANCE = 1e-6
 """Largest relative difference between figures of a deterministic network in training and in eval mode."""
 
@@ -157,7 +158,7 @@ def choose(
             ("rows are padded, not packed", chosen.disable_packing),
         ]
         if chosen.layout.shared:
-            fallbacks.insert(0, ("answers do not share their prompt", chosen.disable_sharing))
+            fallbacks.insert(0, (NOT_SHARED, chosen.disable_sharing))
         if chosen.packed_attention == "varlen":
             by_segments = partial(_pack_by_segments, chosen, longest)
             fallbacks.insert(2, ("attention is not varlen_attn", by_segments))
@@ -229,14 +230,13 @@ def _pack_by_segments(chosen: FastPath, longest: int, no_varlen: str | None = No
 
 def _why_not_packed(chosen: FastPath, longest: int, name: str) -> str | None:
     """Set ``chosen.layout`` to the best packed layout that is exact; return why there is none."""
-    shared = chosen.check.objective.traits.shares_prompts
-    layouts = [Layout(packed=True, shared=True)] if shared else []
+    layouts = [PACKED] if chosen.check.may_share() else []
     reasons: list[str] = []
     for layout in [*layouts, Layout(packed=True)]:
         why = chosen.check.why_not_packed(name, layout, longest)
         if why is None:
             chosen.layout = layout
-            chosen.notes += [f"answers do not share their prompt: {reason}" for reason in reasons]
+            chosen.notes += [f"{NOT_SHARED}: {reason}" for reason in reasons]
             return None
         reasons.append(why)
     return reasons[-1]

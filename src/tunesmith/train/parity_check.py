@@ -16,10 +16,12 @@ import torch
 
 from tunesmith import machine
 from tunesmith.data.batch import preference_batch
-from tunesmith.data.batch.pack import PADDED, Layout, to_device
+from tunesmith.data.batch.pack import PACKED, PADDED, Layout, to_device
 from tunesmith.errors import ModelError
+from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, varlen
 from tunesmith.models.fast.self_check import describe
+from tunesmith.models.heads import noise
 from tunesmith.models.network import FORWARD_ERRORS, base
 from tunesmith.objectives import Example, Objective
 
@@ -92,6 +94,18 @@ class ParityCheck:
                 gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
                 parameter.grad = None
         return value, gradients
+
+    def may_share(self) -> bool:
+        """Return whether a batch may hold once what several of its rows begin with.
+
+        Not where noise or virtual tokens of its own make a row's hidden states there differ from another's, nor where the
+        rows of this check, which has to prove it, begin differently."""
+        objective = self.objective
+        if not objective.traits.shares_beginnings:
+            return objective.traits.shares_prompts
+        if noise.of(self.model) is not None or virtual_tokens.count(self.model):
+            return False
+        return any(prefix >= 0 for prefix in objective.collate(self.rows, PACKED)["behind"])
 
     def measure_plain(self) -> LossAndGradients:
         """Run :meth:`measure` with the model's own forward on padded rows. Raises ModelError if it fails."""

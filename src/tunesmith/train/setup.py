@@ -222,7 +222,7 @@ def _rows_in_order(base: Base, data: Prepared, steps: int | None) -> Epochs:
     train = base.recipe.train
     return epochs(
         data.train, base.objective.collate, train.batch_size, base.recipe.seed, train.shuffle, train.epochs,
-        steps or train.max_steps,
+        steps or train.max_steps, base.objective.traits.shares_beginnings,
     )  # fmt: skip
 
 

@@ -6,36 +6,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heappop, heappush
+
+import numpy as np
+
+from tunesmith.data.batch.shared_prompts import Families, Sizes
 
 
-def balanced(lengths: Sequence[int], share: int, lanes: int) -> list[list[int]]:
-    """Return indices in groups of about equal length, at most ``share`` each: the smallest multiple of ``lanes``.
+def balanced(sizes: Sizes, share: int, lanes: int) -> list[list[int]]:
+    """Return indices in groups of about as many tokens, at most ``share`` each: the smallest multiple of ``lanes``.
 
-    One above ``share`` is a group by itself.
+    One above ``share`` is a group by itself. The members of a family are neighbours in each group.
     """
-    rest = sorted((-length, index) for index, length in enumerate(lengths) if length <= share)
-    groups = [[index] for index, length in enumerate(lengths) if length > share]
-    number = lanes * -(sum(length for length, _ in rest) // max(1, share * lanes))
+    tokens, families = sizes.tokens, sizes.families
+    alone = [[int(index)] for index in np.flatnonzero(tokens > share)]
+    rest = sorted(np.flatnonzero(tokens <= share).tolist(), key=lambda index: -tokens[index])
+
+    def family(index: int) -> tuple[int, int]:
+        return (0 if families is None else int(families.number[index])), index
+
+    number = lanes * -(-sizes.packed(sorted(rest, key=family)) // max(1, share * lanes))
     while rest:
-        made = shared_out([-length for length, _ in rest], min(number, len(rest)))
-        if max(-sum(rest[place][0] for place in group) for group in made) <= share:
-            return groups + [sorted(rest[place][1] for place in group) for group in made]
+        made = shared_out(tokens[rest].tolist(), min(number, len(rest)), sizes.of(rest).families)
+        groups = [sorted((rest[place] for place in group), key=family) for group in made if group]
+        if max(map(sizes.packed, groups)) <= share:
+            return alone + groups
         number += lanes
-    return groups
+    return alone
 
 
-def shared_out(lengths: Sequence[int], number: int) -> list[list[int]]:
+def shared_out(lengths: Sequence[int], number: int, families: Families | None = None) -> list[list[int]]:
     """Return indices in ``number`` groups of about equal length, where ``lengths`` descend.
 
-    The longest that is left joins the shortest group (Graham 1969).
+    The longest that is left joins the group that is then the shortest (Graham 1969); the beginning of its family counts once
+    in each group.
     """
     groups: list[list[int]] = [[] for _ in range(number)]
-    shortest = [(0, place) for place in range(number)]
+    used, held = [0] * number, [set[int]() for _ in range(number)]
     for index, length in enumerate(lengths):
-        used, place = heappop(shortest)
+        if families is None:
+            place = min(range(number), key=used.__getitem__)
+        else:
+            family, beginning = int(families.number[index]), int(families.beginning[index])
+            after = [total - beginning * (family in there) for total, there in zip(used, held, strict=True)]
+            place = min(range(number), key=after.__getitem__)
+            length -= beginning * (family in held[place])
+            held[place].add(family)
         groups[place].append(index)
-        heappush(shortest, (used + length, place))
+        used[place] += length
     return groups
 
 

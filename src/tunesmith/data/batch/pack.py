@@ -25,7 +25,7 @@ Batch: TypeAlias = dict[str, Any]
 @dataclass(frozen=True)
 class Layout:
     """Layout of a batch: ``packed`` into one sequence, or padded on the right. ``shared``: a packed
-    batch holds a prompt with several responses once (``data.batch.shared_prompts``).
+    batch holds once what several sequences begin with (``data.batch.shared_prompts``).
 
     ``lanes``: how many packed batches go through the network at the same time (``models.lanes``), each of at least
     ``lane_tokens`` tokens."""
@@ -70,18 +70,6 @@ def arrange(examples: Sequence[Example], packed: bool) -> tuple[Batch, np.ndarra
         arrays[name][inside] = tokens
     arrays["position_ids"] = np.minimum(columns, lengths[:, None] - 1)
     return tensors(**arrays, attention_mask=inside.astype(np.int64)), np.arange(len(examples)) * shape[1]
-
-
-def with_targets(examples: Sequence[Example], layout: Layout) -> Batch:
-    """:func:`arrange`, with the targets of a language model: positions, labels (targets,)."""
-    batch, starts = arrange(examples, layout.packed)
-    ids = batch["input_ids"].numpy().reshape(-1)
-    supervised = np.zeros(len(ids), np.bool_)
-    for start, example in zip(starts, examples):
-        supervised[start : start + len(example["supervised"])] = example["supervised"]
-    supervised[starts] = False
-    targets = np.flatnonzero(supervised)
-    return {**batch, **tensors(positions=targets - 1, labels=ids[targets])}
 
 
 def with_positions(examples: Sequence[Example], layout: Layout, read: Sequence[np.ndarray]) -> Batch:

@@ -1,9 +1,9 @@
-"""Several responses to one prompt in a batch: each prompt once, or once for each response.
+"""The tokens that several sequences begin with, once in a batch: the prompt of several responses, or a system message.
 
 An example holds the common prefix once, then the rest of each response: ``input_ids`` (P + A_1 + ... + A_K,)
 and ``answers`` (P, A_1, ..., A_K). Responses are numbered through the whole batch, in order.
 
-Sampled answers are one example each, a prompt and its answer: :func:`join` makes such an example of neighbours
+Rows and sampled answers are one example each, a prompt and its answer: :func:`join` makes such an example of neighbours
 that begin alike, by the length ``shared`` of each (see :func:`prefixes`).
 """
 
@@ -18,6 +18,19 @@ import numpy as np
 from tunesmith.data.batch import pack
 from tunesmith.data.batch.pack import Batch, Example, Layout
 
+MOST_TOGETHER = 64
+"""Most examples of a family: more would not be in one micro-batch."""
+LEAST_SAVED = 1 / 16
+"""Smallest share of a step's tokens that is worth computing beginnings once: attention is split into more parts for it."""
+
+
+class Families(NamedTuple):
+    """The family of each of n examples, int64 (n,) each. Its members have the same ``number``, and begin with the same
+    tokens, as many as ``beginning``. The members of a batch that are neighbours share these tokens."""
+
+    number: np.ndarray
+    beginning: np.ndarray
+
 
 class Sizes(NamedTuple):
     """Tokens and rows that each of n examples takes in a batch, int64 (n,) each."""
@@ -25,15 +38,22 @@ class Sizes(NamedTuple):
     tokens: np.ndarray
     """Packed: the tokens that the example adds. Padded: those of its longest row."""
     rows: np.ndarray
-    repeated: np.ndarray | None = None
-    """int64 (n,): tokens that the batch does not hold again where the example before is in it, because both
-    begin with them. None = no tokens of any example."""
+    families: Families | None = None
+    """Examples that begin alike, where a batch holds their beginning once; None = no two examples do."""
 
     def of(self, places: Sequence[int]) -> Sizes:
         """Return the sizes of the examples at ``places``."""
         chosen = list(places)
-        repeated = None if self.repeated is None else self.repeated[chosen]
-        return Sizes(self.tokens[chosen], self.rows[chosen], repeated)
+        families = None if self.families is None else Families(*(one[chosen] for one in self.families))
+        return Sizes(self.tokens[chosen], self.rows[chosen], families)
+
+    def packed(self, places: Sequence[int]) -> int:
+        """Return the tokens of a packed batch of the examples at ``places``, in this order."""
+        tokens = int(self.tokens[list(places)].sum())
+        if self.families is None:
+            return tokens
+        number, beginning = self.families
+        return tokens - sum(int(beginning[b]) for a, b in pairwise(places) if number[a] == number[b])
 
 
 def arrange(examples: Sequence[Example], layout: Layout) -> tuple[Batch, list[np.ndarray]]:
@@ -105,55 +125,104 @@ def separate(example: Example) -> list[np.ndarray]:
 
 
 def prefixes(prompts: Sequence[np.ndarray]) -> list[int]:
-    """Return the tokens of each prompt to compute once for neighbours that begin with them.
+    """Return the first tokens of each prompt to compute once for all prompts that begin with them; 0 = none.
 
-    Either whole prompts, for several answers to each; or the beginning of all prompts (the chat template's, a
-    system message), where that saves more."""
-    first = prompts[0]
-    common = min(len(prompt) for prompt in prompts)
-    for prompt in prompts:
-        differing = np.flatnonzero(first[:common] != prompt[:common])
-        common = int(differing[0]) if len(differing) else common
-    distinct = {prompt.tobytes(): len(prompt) for prompt in prompts}
-    saved = sum(len(prompt) for prompt in prompts) - sum(distinct.values())
-    if common * (len(prompts) - 1) > saved:
-        return [common] * len(prompts)
-    return [len(prompt) for prompt in prompts]
+    The prompts, int32 each, are sorted, and families are cut from this order so that the fewest tokens are computed: whole
+    prompts for several answers to each, the system message for different questions after it."""
+    order = sorted(range(len(prompts)), key=lambda number: prompts[number].tobytes())
+    common = [0, *(_common(prompts[a], prompts[b]) for a, b in pairwise(order))]
+    saved, families = [0], [(0, 0)]  # of the first n prompts; the last family: its first prompt, its tokens
+    for end in range(1, len(order) + 1):
+        best, family = saved[end - 1], (end - 1, 0)
+        tokens = common[end - 1]
+        for first in range(end - 2, max(-1, end - 1 - MOST_TOGETHER), -1):
+            tokens = min(tokens, common[first + 1])
+            if not tokens:
+                break
+            if (found := saved[first] + (end - 1 - first) * tokens) > best:
+                best, family = found, (first, tokens)
+        saved.append(best)
+        families.append(family)
+    shared, end = [0] * len(order), len(order)
+    while end:
+        first, tokens = families[end]
+        for place in order[first:end]:
+            shared[place] = tokens
+        end = first
+    return shared
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Return how many first tokens of ``a`` and ``b`` are equal."""
+    length = min(len(a), len(b))
+    differing = np.flatnonzero(a[:length] != b[:length])
+    return int(differing[0]) if len(differing) else length
+
+
+def beginnings(examples: Sequence[Example]) -> list[int] | None:
+    """Return ``shared`` of each example, at most the tokens before the one that predicts its first target.
+
+    None where a batch of all of them would save too few tokens. ``examples`` have ``supervised``."""
+    shared = prefixes([
+        example["input_ids"][: int(np.argmax(example["supervised"][1:])) if len(example["supervised"]) > 1 else 0]
+        for example in examples
+    ])  # fmt: skip
+    found = families(
+        [{**example, "shared": np.array([n])} for example, n in zip(examples, shared, strict=True)]
+    )
+    again = found.number != np.arange(len(examples))
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    return shared if found.beginning[again].sum() >= LEAST_SAVED * tokens else None
 
 
 def _prefix(example: Example) -> np.ndarray:
-    """The first ``shared`` tokens; by default the prompt, which ends where ``supervised`` begins."""
+    """The first ``shared`` tokens; none without this key."""
     given = example.get("shared")
-    return example["input_ids"][: int(np.argmax(example["supervised"]) if given is None else given[0])]
+    return example["input_ids"][: 0 if given is None else int(given[0])]
 
 
-def repeated(examples: Sequence[Example]) -> np.ndarray:
-    """int64 (n,): tokens of each example's prefix if it is that of the example before, else 0."""
-    found, before = np.zeros(len(examples), np.int64), np.zeros(0, np.int32)
-    for number, example in enumerate(examples):
-        prefix = _prefix(example)
-        if np.array_equal(prefix, before):
-            found[number] = len(prefix)
-        before = prefix
-    return found
+def families(examples: Sequence[Example]) -> Families:
+    """Return the families of examples with the same prefix. Their number is the index of their first member."""
+    first: dict[bytes, int] = {}
+    number, beginning = np.arange(len(examples)), np.zeros(len(examples), np.int64)
+    for index, example in enumerate(examples):
+        if len(prefix := _prefix(example)):
+            number[index], beginning[index] = first.setdefault(prefix.tobytes(), index), len(prefix)
+    return Families(number, beginning)
 
 
 def join(examples: Sequence[Example], shared: bool) -> list[Example]:
     """Return the examples with a prompt and its answer each as examples with ``answers``, in order.
 
     ``shared``: neighbours with the same prefix become one."""
-    families: list[list[Example]] = []
-    for example, tokens in zip(examples, repeated(examples), strict=True):
-        if shared and tokens:
-            families[-1].append(example)
+    groups: list[list[Example]] = []
+    before = np.zeros(0, np.int32)
+    for example in examples:
+        prefix = _prefix(example) if shared else before
+        if len(prefix) and np.array_equal(prefix, before):
+            groups[-1].append(example)
         else:
-            families.append([example])
+            groups.append([example])
+        before = prefix
     joined = []
-    for family in families:
-        prefix = _prefix(family[0])
-        parts = [example["input_ids"][len(prefix) :] for example in family]
+    for group in groups:
+        prefix = _prefix(group[0])
+        parts = [example["input_ids"][len(prefix) :] for example in group]
         joined.append({
             "input_ids": np.concatenate([prefix, *parts]),
             "answers": np.array([len(prefix), *map(len, parts)], np.int32),
         })  # fmt: skip
     return joined
+
+
+def with_targets(examples: Sequence[Example], layout: Layout) -> Batch:
+    """:func:`arrange`, with the targets of a language model: positions, labels (targets,).
+
+    ``lengths``: targets of each example, on the host. The first token of an example is no target, because no token
+    predicts it. A shared layout holds the ``shared`` tokens of neighbours once."""
+    batch, places = arrange(join(examples, layout.packed and layout.shared), layout)
+    targets = [np.flatnonzero(example["supervised"][1:]) + 1 for example in examples]
+    positions = [place[tokens - 1] for place, tokens in zip(places, targets, strict=True)]
+    labels = [example["input_ids"][tokens] for example, tokens in zip(examples, targets, strict=True)]
+    arrays = pack.tensors(positions=np.concatenate(positions), labels=np.concatenate(labels).astype(np.int64))
+    return {**batch, **arrays, "lengths": [len(tokens) for tokens in targets]}

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from tunesmith.data.batch import lane_groups, shared_prompts
+from tunesmith.data.batch.pack import PACKED, Layout
 from tunesmith.data.batch.pack import Batch as Batch
 from tunesmith.data.batch.pack import Example as Example
-from tunesmith.data.batch.pack import Layout
-from tunesmith.data.batch.shared_prompts import Sizes
+from tunesmith.data.batch.shared_prompts import Families, Sizes
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Examples(Protocol):
 class Listed:
     """Examples in memory, with the name of each.
 
-    ``shares``: their ``collate`` computes the prompt of neighbours once in a shared layout."""
+    ``shares``: their ``collate`` computes the ``shared`` tokens of neighbours once in a shared layout."""
 
     examples: Sequence[Example]
     names: Sequence[str]
@@ -68,15 +68,18 @@ class Listed:
 
     def sizes(self, rows: np.ndarray | slice, layout: Layout) -> Sizes:
         if self.shares and layout.packed and layout.shared:
-            chosen = np.arange(len(self))[rows]
-            repeated = shared_prompts.repeated([self.examples[row] for row in chosen])
-            return Sizes(self.lengths[rows], np.ones_like(chosen), repeated)
+            families = Families(*(one[rows] for one in self._families))
+            return Sizes(self.lengths[rows], np.ones_like(families.number), families)
         shapes = None
         if "answers" in self.examples[0]:
             answers = [example["answers"] for example in self.examples]
             starts = np.cumsum([0, *map(len, answers)])
             shapes = shared_prompts.shapes(np.concatenate(answers), starts)[:, rows]
         return shared_prompts.sizes(self.lengths[rows], shapes, layout)
+
+    @cached_property
+    def _families(self) -> Families:
+        return shared_prompts.families(self.examples)
 
     def where(self, index: int) -> str:
         return self.names[index]
@@ -163,6 +166,16 @@ class Step:
         examples = [{**example, **more} for example, more in zip(self.examples(), arrays, strict=True)]
         return replace(self, data=Listed(examples, self.names()), rows=np.arange(len(self)))
 
+    def sharing_beginnings(self) -> Step:
+        """Return the step whose examples name the first tokens that others of it begin with, too (``shared``).
+
+        Returns the step itself where this saves little; see ``shared_prompts.beginnings``."""
+        examples = self.examples()
+        if (found := shared_prompts.beginnings(examples)) is None:
+            return self
+        sharing = [{**example, "shared": np.array([n])} for example, n in zip(examples, found, strict=True)]
+        return replace(self, data=Listed(sharing, self.names(), shares=True), rows=np.arange(len(self)))
+
     def groups(self, places: Sequence[int], budget: int, layout: Layout) -> list[list[int]]:
         """The ``places`` of each micro-batch of at most ``budget`` tokens."""
         groups = groups_of(self.data.sizes(self.rows[list(places)], layout), budget, layout)
@@ -211,10 +224,17 @@ class Source(Protocol):
 
 
 def first_examples(source: Source) -> Step:
-    """The two shortest examples of the first step, as a step: for the parity check of the fast path."""
+    """Two short examples of the first step, as a step, for the parity check of the fast path.
+
+    They are the shortest ones, of those that begin alike where a batch computes their beginning once."""
     step = source.preview(1)[0]
-    places = sorted(range(len(step)), key=lambda place: (step.lengths[place], step.rows[place]))[:2]
-    return replace(step, rows=step.rows[places])
+    families = step.data.sizes(step.rows, PACKED).families
+    places = np.arange(len(step))
+    if families is not None:
+        places = np.flatnonzero(families.number == np.argmax(np.bincount(families.number)))
+        places = places if len(places) > 1 else np.arange(len(step))
+    chosen = sorted(places.tolist(), key=lambda place: (step.lengths[place], step.rows[place]))[:2]
+    return replace(step, rows=step.rows[chosen])
 
 
 def groups_of(sizes: Sizes, budget: int, layout: Layout) -> list[list[int]]:
@@ -226,11 +246,10 @@ def groups_of(sizes: Sizes, budget: int, layout: Layout) -> list[list[int]]:
     if not layout.packed or batch_tokens(sizes, layout) < lanes * max(1, layout.lane_tokens):
         lanes = 1
     share = budget // lanes
-    if lanes > 1 and sizes.repeated is None:
-        groups = lane_groups.balanced(sizes.tokens.tolist(), share, lanes)
+    if lanes > 1:
+        groups = lane_groups.balanced(sizes, share, lanes)
     else:
-        repeated = None if sizes.repeated is None else sizes.repeated.tolist()
-        groups = groups_under(sizes.tokens.tolist(), share, layout, sizes.rows.tolist(), repeated)
+        groups = groups_under(sizes.tokens.tolist(), share, layout, sizes.rows.tolist(), sizes.families)
     if layout.lanes > 1:
         groups.sort(key=lambda group: -batch_tokens(sizes, layout, group))
     return groups
@@ -241,25 +260,33 @@ def groups_under(
     budget: int,
     layout: Layout,
     rows_each: Sequence[int] | None = None,
-    repeated: Sequence[int] | None = None,
+    families: Families | None = None,
 ) -> list[list[int]]:
     """Indices of examples in groups of at most ``budget`` tokens, padding included.
 
     An example above the budget is a group by itself. Padded rows are grouped by length; packed rows stay in
-    order. ``rows_each``: how many padded rows each example takes (None = one). ``repeated``: see ``Sizes``.
+    order, but for those of a family, which follow its first. ``rows_each``: how many padded rows each example takes
+    (None = one). ``families``: see ``Sizes``.
     """
     packed = layout.packed
-    order = range(len(lengths)) if packed else np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    order = list(range(len(lengths)))
+    if not packed:
+        order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    elif families is not None:
+        order = np.argsort(families.number, kind="stable").tolist()
     groups: list[list[int]] = []
     used = longest = 0  # used: tokens, or padded rows
     for row in order:
         longest_now = max(longest, lengths[row])
         more = lengths[row] if packed else 1 if rows_each is None else rows_each[row]
-        added = more - repeated[row] if packed and repeated is not None else more
-        cost = used + added if packed else longest_now * (used + more)
+        again = 0  # tokens that the group holds already
+        if packed and families is not None and groups:
+            alike = families.number[groups[-1][-1]] == families.number[row]
+            again = int(families.beginning[row]) if alike else 0
+        cost = used + more - again if packed else longest_now * (used + more)
         if groups and cost <= budget:
             groups[-1].append(row)
-            used, longest = used + added, longest_now
+            used, longest = used + more - again, longest_now
         else:
             groups.append([row])
             used, longest = more, lengths[row]
@@ -271,10 +298,7 @@ def batch_tokens(sizes: Sizes, layout: Layout, places: Sequence[int] | None = No
     chosen = list(range(len(sizes.tokens)) if places is None else places)
     if not layout.packed:
         return int(sizes.tokens[chosen].max() * sizes.rows[chosen].sum())
-    tokens = int(sizes.tokens[chosen].sum())
-    if sizes.repeated is None:
-        return tokens
-    return tokens - sum(int(sizes.repeated[b]) for a, b in pairwise(chosen) if b == a + 1)
+    return sizes.packed(chosen)
 
 
 def heaviest_micro_batch(

@@ -38,6 +38,8 @@ class Epochs:
     passes: float
     """Epochs of the plan, unless ``max_steps`` is given."""
     max_steps: int | None
+    share_beginnings: bool
+    """Steps know what their rows begin with together; see ``Step.sharing_beginnings``."""
 
     def order(self, epoch: int) -> np.ndarray:
         """Indices of the examples of an epoch, in order; every epoch has the same number."""
@@ -49,7 +51,8 @@ class Epochs:
         return self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
     def step(self, number: int) -> Step:
-        return Step(number, self.data, self.rows(number), self.collate)
+        step = Step(number, self.data, self.rows(number), self.collate)
+        return step.sharing_beginnings() if self.share_beginnings else step
 
     def steps(self, start: int) -> Iterator[Step]:
         return (self.step(number) for number in range(start, self.plan.steps + 1))
@@ -91,9 +94,11 @@ def epochs(
     shuffle: bool,
     passes: float,
     max_steps: int | None,
+    share_beginnings: bool = False,
 ) -> Epochs:
     """Plan a run over ``data``: ``passes`` epochs, or ``max_steps`` steps."""
     rows = len(epoch_order(data.source, data.weights, seed, 0, shuffle))
     per_epoch = math.ceil(rows / batch_size)
     steps = max_steps or max(1, math.ceil(per_epoch * passes - 1e-9))
-    return Epochs(data, collate, batch_size, seed, shuffle, Plan(steps, per_epoch), passes, max_steps)
+    plan = Plan(steps, per_epoch)
+    return Epochs(data, collate, batch_size, seed, shuffle, plan, passes, max_steps, share_beginnings)
