@@ -152,3 +152,9 @@ def test_rows_of_a_step_hold_their_beginning_once():
     assert before == [4, 7, 8, 3, 4, 5, 3, 2, 1], "each target is predicted by the token before it"
     padded = step.micro([0, 1, 2], PADDED)
     assert padded.tokens == 21 and padded.batch["input_ids"].shape == (3, 7)
+
+
+def test_neighbours_with_other_beginnings_do_not_share():
+    rows = [{**row(*ids), "shared": np.array([2])} for ids in ((1, 2, 7, 8, 9), (3, 4, 7, 8, 9), (3, 4, 5, 8, 9))]
+    batch = shared_prompts.with_targets(rows, PACKED)
+    assert batch["input_ids"].tolist() == [[1, 2, 7, 8, 9, 3, 4, 7, 8, 9, 5, 8, 9]]

@@ -98,7 +98,7 @@ def test_fused_layers_are_the_models_own(name, dtype, limit):
     model, rows = network(name, dtype), some_rows(name)
     expected = row_by_row(network(name, dtype).float(), rows)
     record = install_fast(model)
-    assert sum(record.kinds.values()) == KINDS[name]
+    assert sum(record.kinds.values()) - record.kinds.get("embedding", 0) == KINDS[name]
     assert_near(results(model, lm_head.outputs_at(model, packed(rows))), expected, limit)
     with record.disabled():
         assert_near(results(model, lm_head.outputs_at(model, packed(rows))), expected, limit)

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from tunesmith.models import lanes
+from tunesmith.models.fast import linear_products, weight_gradients
+from tunesmith.models.heads import lm_head
 from tunesmith.models.load import compute_dtype
 from tunesmith.train import lane_gradients
 from tunesmith.train.master_weights import Masters
@@ -69,3 +71,49 @@ def test_lanes_begin_nothing_after_a_micro_batch_that_did_not_fit(monkeypatch):
 
     assert lane_gradients.sums(run, [9] * 6, 18, 2) == 2
     assert ran == [0, 1, 2]
+
+
+class Tied(nn.Module):
+    """An embedding that is the output layer, too, and two layers of one shape between them, which share memory for gradients."""
+
+    def __init__(self, padding=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(12, 4, padding_idx=padding)
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+        self.products = [linear_products.output_forward(layer) for layer in self.layers]
+
+    def forward(self, ids, fused):
+        x = weight_gradients.ReadRows.apply(ids, self.embedding.weight, self.embedding.padding_idx) if fused else self.embedding(ids)
+        for layer, product in zip(self.layers, self.products, strict=True):
+            x = torch.tanh(product(x) if fused else layer(x))
+        if fused:
+            return lm_head.BlockedCrossEntropy.apply(x, self.embedding.weight, None, ids.flip(0))
+        return nn.functional.cross_entropy(nn.functional.linear(x, self.embedding.weight), ids.flip(0), reduction="sum")
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_gradients_that_are_handed_over_are_those_of_autograd(order, padding, monkeypatch):
+    """Ids repeat, the output layer's gradient comes in slices, and the last turn to come is the first to be added."""
+    monkeypatch.setattr(weight_gradients, "SLICE", 5)
+    model, batches = Tied(padding), [torch.tensor(ids) for ids in ([1, 3, 3, 7], [11, 7, 7, 2], [3, 4])]
+    for ids in batches:
+        model(ids, fused=False).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    masters, handed = masters_of(model), []
+    receive = lane_gradients.LaneGradients._receive
+    monkeypatch.setattr(
+        lane_gradients.LaneGradients, "_receive", lambda self, *given: handed.append(given[1]) or receive(self, *given)
+    )
+    for turn in order:
+        masters.backward(model(batches[turn], fused=True), last=False, turn=turn)
+    found = masters.gradients()
+    assert {id(weight) for weight in handed} == {id(parameter) for parameter in model.parameters()}
+    assert len(handed) == 3 * (1 + 3 + 2), "rows of the embedding, slices of the output layer, two layers"
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6)
+    for ids in batches:  # without a receiver
+        model(ids, fused=True).backward()
+    assert torch.allclose(model.embedding.weight.grad, 2 * expected["embedding.weight"], rtol=1e-5, atol=1e-6)

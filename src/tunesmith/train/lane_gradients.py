@@ -15,6 +15,7 @@ import torch
 
 from tunesmith.data.batch import lane_groups
 from tunesmith.models import lanes
+from tunesmith.models.fast import weight_gradients
 from tunesmith.train.metric_sums import Sums
 
 
@@ -69,6 +70,7 @@ class LaneGradients:
     ) -> None:
         self.parameters = dict(parameters)
         self._sums = {name: _OrderedSum(master) for name, master in masters.items()}
+        self._by_weight = {id(weight): self._sums[name] for name, weight in self.parameters.items()}
         self._current = threading.local()
 
     def install_hooks(self) -> None:
@@ -79,19 +81,31 @@ class LaneGradients:
         """Add the gradient of ``loss`` as that of number ``turn`` of the step, counted from 0."""
         self._current.turn = turn
         try:
-            taken = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+            with weight_gradients.received_by(partial(self._receive, turn)):
+                taken = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         finally:
             self._current.turn = None
         for total, gradient in zip(self._sums.values(), taken, strict=True):
             if gradient is None:  # no hook was called: the weight took no part
-                total.add(turn, None)
+                total.end(turn)
 
     def _take(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
         turn = vars(self._current).get("turn")
         if turn is None:
             return None
-        self._sums[name].add(turn, gradient)
+        if not weight_gradients.is_complete(self.parameters[name], gradient):
+            self._sums[name].add(turn, gradient)
+        self._sums[name].end(turn)
         return gradient.new_zeros(()).expand_as(gradient)  # what autograd keeps until the pass ends
+
+    def _receive(
+        self, turn: int, weight: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor | None
+    ) -> bool:
+        total = self._by_weight.get(id(weight))
+        if total is None:
+            return False
+        total.add(turn, gradient, rows)
+        return True
 
     def clear(self) -> None:
         for total in self._sums.values():
@@ -108,19 +122,34 @@ class _OrderedSum:
 
     def clear(self) -> None:
         self._next = 0
-        self._early: dict[int, torch.Tensor | None] = {}
+        self._ended: set[int] = set()
+        self._early: dict[int, list[tuple[torch.Tensor, weight_gradients.Rows | None]]] = {}
 
-    def add(self, turn: int, gradient: torch.Tensor | None) -> None:
+    def add(self, turn: int, gradient: torch.Tensor, rows: weight_gradients.Rows | None = None) -> None:
+        """Add a part of the gradient of ``turn``: that of the ``rows``, or of all of them. It may be overwritten afterwards."""
         with self._lock:
-            self._early[turn] = gradient
-            while self._next in self._early:
-                self._add(self._early.pop(self._next))
-                self._next += 1
+            if turn == self._next:
+                self._add(gradient, rows)
+            else:
+                self._early.setdefault(turn, []).append((gradient.clone(), rows))
 
-    def _add(self, gradient: torch.Tensor | None) -> None:
-        if gradient is None:
-            return
-        if self.master.grad is None:  # a copy: autograd may give one tensor to several weights
+    def end(self, turn: int) -> None:
+        """Close ``turn``: its gradient has all its parts."""
+        with self._lock:
+            self._ended.add(turn)
+            while self._next in self._ended:
+                self._next += 1
+                for gradient, rows in self._early.pop(self._next, []):
+                    self._add(gradient, rows)
+
+    def _add(self, gradient: torch.Tensor, rows: weight_gradients.Rows | None) -> None:
+        total = self.master.grad
+        if total is None and rows is None:
             self.master.grad = torch.empty_like(self.master, requires_grad=False).copy_(gradient)
+            return
+        if total is None:
+            total = self.master.grad = torch.zeros_like(self.master, requires_grad=False)
+        if rows is None or isinstance(rows, slice):
+            (total if rows is None else total[rows]).add_(gradient)
         else:
-            self.master.grad.add_(gradient)
+            total.index_add_(0, rows, gradient.to(total.dtype))

@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-RETURNED_FROM = 50_000_000
-"""Trained weights from which a network in fp32 returns freed memory around each backward pass in lanes.
-
-Blocks of many sizes leave holes: 1.0 GB of 4.0 in full fine-tuning of SmolLM2-135M, where a step of 12 s then has 800,000 page
-faults instead of 200,000.
-"""
-
-
 class TrainedWeights(Protocol):
     """The trained weights as ``train.update.Update`` sees them.
 
@@ -135,12 +127,7 @@ class Masters:
         if turn is None:
             loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         else:
-            returned = not self.copies and self.size >= RETURNED_FROM
-            if returned:
-                kernels.return_freed_memory()
             self.lanes.backward(loss, turn)
-            if returned:
-                kernels.return_freed_memory()
 
     def rehearse(self, loss: torch.Tensor, turn: int | None = None) -> None:
         self.backward(loss, last=True, turn=turn)

@@ -3,6 +3,7 @@
 * every linear layer with a plain LoRA: one autograd function that saves only x and x A^T;
 * a linear layer with a bottleneck adapter: one product for both (fused_bottleneck.py);
 * on a CPU the layers of encoders (fused_encoder.py), and the last layer of encoders and decoders (last_layer.py);
+* on a CPU a trained embedding, whose gradient has only the rows that were read (weight_gradients.py);
 * on a CPU with kernels.py: RMSNorm, SwiGLU, and attention with rotary embedding, with q/k/v and gate/up each
   as one product over stacked weights. The parameters become views of the stack: same names, same values.
 
@@ -30,6 +31,7 @@ from tunesmith.models.fast import (
     last_layer,
     linear_products,
     self_check,
+    weight_gradients,
 )
 from tunesmith.models.fast.autograd_context import Context, Gradients
 from tunesmith.models.fast.rotary import rotary_attention
@@ -82,7 +84,8 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
     dtype = weight.dtype if weight is not None and kernels.available(weight) else None
     for module in list(model.modules()):
         found = None
-        if dtype is not None and type(module).__name__ not in fused.rejected:
+        inside = module in covered and type(module) is nn.Embedding  # the layer around it looks up the rows
+        if dtype is not None and not inside and type(module).__name__ not in fused.rejected:
             found = _fused_forward(module, dtype, stack, fused.rejected)
         if found is not None:
             covered.update(module.modules())
@@ -307,7 +310,26 @@ def _attention_input(module: nn.Module, dtype: torch.dtype) -> Arguments:
     return x, {"position_embeddings": rotations, "attention_mask": None, "segments": (5, 3)}
 
 
+def _embedding(module: nn.Module) -> Forward | None:
+    """A trained table of tokens, each row of which has its own gradient."""
+    if type(module) is not nn.Embedding or not module.weight.requires_grad:
+        return None
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return None
+
+    def forward(ids: Tensor) -> Tensor:
+        rows: Tensor = weight_gradients.ReadRows.apply(ids, module.weight, module.padding_idx)
+        return rows
+
+    return forward
+
+
+def _some_ids(module: nn.Module, dtype: torch.dtype) -> Arguments:
+    return (torch.arange(self_check.TOKENS)[None] % attribute(module, "num_embeddings"),), {}
+
+
 KINDS: dict[str, self_check.LayerKind] = {
+    "embedding": (_embedding, _some_ids),
     "attention": (_attention, _attention_input),
     "mlp": (_mlp, self_check.random_input),
     "norm": (_norm, self_check.random_input),

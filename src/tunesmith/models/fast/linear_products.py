@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.models.adapters import ia3_layers, lora_factors
-from tunesmith.models.fast import fused_bottleneck, kernels
+from tunesmith.models.fast import fused_bottleneck, kernels, weight_gradients
 from tunesmith.models.fast.autograd_context import Context, Gradients
 from tunesmith.models.fast.self_check import Forward
 from tunesmith.models.load import dequantized_linear
@@ -27,8 +27,8 @@ class Origin(NamedTuple):
     remake: Callable[[Tensor], Tensor]
 
 
-Kept = tuple[list[int], Sequence[Block], Callable[[Tensor], Tensor] | None]
-"""Rows of each weight in the stack, the block of each LoRA, and how x is made again from what is saved for it."""
+Kept = tuple[Sequence[Tensor], Sequence[Block], Callable[[Tensor], Tensor] | None]
+"""The weights of the stack, the block of each LoRA, and how x is made again from what is saved for it."""
 
 
 class Projection(torch.autograd.Function):
@@ -50,7 +50,7 @@ class Projection(torch.autograd.Function):
         *others: Tensor,
     ) -> Tensor:
         ups, weights = others[: len(blocks)], others[len(blocks) :]
-        ctx.kept = [weight.shape[0] for weight in weights], blocks, origin and origin.remake
+        ctx.kept = weights, blocks, origin and origin.remake
         # A x^T, (r, tokens): MKL takes up to six times as long for tall and narrow results as for flat ones
         low = None if a is None else a @ x.t()
         if low is not None and x.dtype.itemsize < 4:
@@ -69,7 +69,7 @@ class Projection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context[Kept], grad: Tensor) -> Gradients:
         x, stacked, a, low, *ups = ctx.saved_tensors
-        rows, blocks, remake = ctx.kept
+        weights, blocks, remake = ctx.kept
         if x is not None and remake is not None:
             x = remake(x)
         need_x, _, need_bias = ctx.needs_input_grad[:3]
@@ -87,8 +87,9 @@ class Projection(torch.autograd.Function):
             if grad_x is not None:
                 grad_x.addmm_(grad_low.t(), a)
         needed = ctx.needs_input_grad[6 + len(blocks) :]
-        of_rows = (grad.t() @ x).split(rows) if any(needed) else (None,) * len(rows)
-        grad_weights = [one if need else None for one, need in zip(of_rows, needed, strict=True)]
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        if any(needed):
+            grad_weights = weight_gradients.of_product(grad, x, weights, needed)
         grad_bias = _sum_of_rows(grad) if need_bias else None
         return grad_x, None, grad_bias, grad_a, None, None, *grad_ups, *grad_weights
 
