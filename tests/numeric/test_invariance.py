@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice, product
 
@@ -107,6 +108,36 @@ def test_any_split_makes_the_same_gradients_and_evaluation(name, adaptation, tmp
     needs_bitsandbytes(adaptation)
     chosen = {**ADAPTATIONS, **OTHERS}[adaptation]
     assert_no_split_matters(recipe(tmp_path, name, "sft", chosen, learning_rate=1e-3, optim_args={"eps": 1e-3}), tmp_path)
+
+
+def chats(folder, **keys):
+    """A recipe of rows that begin with one of two system messages, or with none."""
+    made, systems = recipe(folder, **keys), ["answer the question of the user", "the capital of France is Paris. question answer", None]
+    rows = []
+    for number in range(12):
+        turns = [("user", f"question {'user ' * (number % 4)}{number}?"), ("assistant", f"answer {number}. {'Paris ' * (number % 3)}")]
+        system = systems[number % 4 % 3]
+        turns = [("system", system), *turns] if system else turns
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return made
+
+
+@pytest.mark.parametrize("name", shortened([name for name in TINY if name != "gemma3"], ["llama", "gpt2", "gemma"]))
+def test_a_beginning_that_rows_share_changes_no_gradient_and_no_evaluation(name, tmp_path):
+    made = chats(tmp_path, name=name, learning_rate=1e-3, optim_args={"eps": 1e-3})
+    _, job = built(made, tmp_path, "auto")
+    step = next(job.source.steps(1))
+    [micro] = step.micro_batches(WHOLE, replace(job.layout, lanes=1))
+    assert job.layout.shared and micro.tokens == micro.batch["input_ids"].numel() < 0.9 * sum(micro.lengths)
+    assert_no_split_matters(made, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"adaptation": OTHERS["prefix"]}, {"neftune_noise_alpha": 5.0}, {"packing": "off"}])
+def test_rows_with_tokens_or_noise_of_their_own_share_nothing(change, tmp_path):
+    _, job = built(chats(tmp_path, **change), tmp_path, change.get("packing", "auto"))
+    micro = next(job.source.steps(1)).micro_batches(WHOLE, job.layout)
+    assert not job.layout.shared and all("behind" not in one.batch for one in micro)
 
 
 @pytest.mark.parametrize("name", shortened(TINY, ["qwen3", "gpt2", "gemma3"]))
