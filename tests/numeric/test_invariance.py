@@ -123,7 +123,7 @@ def chats(folder, **keys):
     return made
 
 
-@pytest.mark.parametrize("name", shortened([name for name in TINY if name != "gemma3"], ["llama", "gpt2", "gemma"]))
+@pytest.mark.parametrize("name", shortened([name for name in TINY if name not in ("mistral", "gemma3")], ["llama", "gpt2", "gemma"]))
 def test_a_beginning_that_rows_share_changes_no_gradient_and_no_evaluation(name, tmp_path):
     made = chats(tmp_path, name=name, learning_rate=1e-3, optim_args={"eps": 1e-3})
     _, job = built(made, tmp_path, "auto")
