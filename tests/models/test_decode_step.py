@@ -92,7 +92,7 @@ def test_bf16_copies_of_fp32_weights_give_the_logits_of_fp32(name: str, rows: in
 def test_weights_that_bf16_cannot_hold_have_no_copies_and_changed_ones_have_new_copies() -> None:
     model = rounded(tiny_model("llama"))
     run = filled(model, (3, 3))
-    piece = [Piece([7], 1, 3)]
+    piece = [Piece([7], 1, 3, drawn=True)]
     run(piece)
     assert run.packed_step is not None and run.packed_step.panels
     up = model.model.layers[1].mlp.up_proj.weight
@@ -190,7 +190,7 @@ def test_a_step_that_differs_is_switched_off_and_reported(monkeypatch: pytest.Mo
     run.resize(1, 64)
     with torch.inference_mode():
         run([Piece([5, 6, 7, 8], 0, 0)])
-        answered = run([Piece([9], 0, 4)])
+        answered = run([Piece([9], 0, 4, drawn=True)])
         expected = tiny_model("llama")(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, -1]
     assert run.step is None and "differ by" in notes[0]
     assert torch.allclose(answered[0], expected, atol=1e-5)
@@ -203,13 +203,13 @@ def test_many_rows_are_compared_as_few_rows_were(few: int, monkeypatch: pytest.M
     notes: list[str] = []
     run = filled(tiny_model("llama"), (3,) * (few + 1))
     run.note = notes.append
-    run([Piece([7], slot + 1, 3) for slot in range(few)])
+    run([Piece([7], slot + 1, 3, drawn=True) for slot in range(few)])
     assert run.step is not None
     run.step = replace(run.step, scale=3 * run.step.scale)
     run.forget()
-    run([Piece([7], slot + 1, 4) for slot in range(few)])
+    run([Piece([7], slot + 1, 4, drawn=True) for slot in range(few)])
     assert run.step is not None and not notes
-    run([Piece([7], slot + 1, 5) for slot in range(few + 1)])
+    run([Piece([7], slot + 1, 5, drawn=True) for slot in range(few + 1)])
     assert run.step is None and "differ by" in notes[0]
 
 

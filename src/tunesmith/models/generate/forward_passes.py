@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECKED_TOKENS = 24
-"""Tokens of each of two prompts on which attention over slots is compared with the model's own."""
+"""Tokens of a prompt on which attention over slots is compared with the model's own."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest difference of a logit, relative to the largest logit: about four times the rounding error."""
 
@@ -92,9 +92,8 @@ class SlotPass:
         if self.cache.virtual and not self.has_virtual_tokens:
             self._begin_slots()
         self.cache.begin(pieces, self.core.device)
-        # the last token of a prompt, alone, is computed as the rest of the prompt: with the weights as stored
-        exact = self.decode_weights == "stored" or all(piece.drawn for piece in pieces)
-        if self.step is not None and self.cache.decoding and self.cache.keys and exact:
+        # the last token of a prompt, alone, is computed as the rest of the prompt: without copies of the weights
+        if self.step is not None and self.cache.keys and all(piece.drawn for piece in pieces):
             try:
                 return self._decode(self.step, pieces)
             except CannotStack:
@@ -282,14 +281,14 @@ class WholePass:
         for piece in pieces:
             self.tokens[piece.slot] = [*self.tokens.get(piece.slot, [])[: piece.ahead], *piece.ids]
             with self.adapters.using(piece.adapter):
-                logits.append(last_logits(self.core, self.tokens[piece.slot]))
-        return torch.stack(logits)
+                logits.append(logits_after(self.core, self.tokens[piece.slot], [piece.end]))
+        return torch.cat(logits)
 
 
-def last_logits(core: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Return the logits after ``ids`` by the model's own forward, without a cache; fp32 (vocabulary,)."""
+def logits_after(core: PreTrainedModel, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Return the logits after so many of ``ids`` by the model's own forward, without a cache; fp32 (lengths, vocabulary)."""
     logits: Tensor = core(input_ids=torch.tensor([list(ids)], device=core.device), use_cache=False).logits
-    return logits[0, -1].float()
+    return logits[0, [length - 1 for length in lengths]].float()
 
 
 FAILURES = (CannotUseSlots, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -300,19 +299,21 @@ FAILURES = (CannotUseSlots, ArithmeticError, AttributeError, LookupError, Runtim
 def choose_pass(
     core: PreTrainedModel,
     adapters: RowAdapters,
-    prompts: Sequence[Sequence[int]],
+    prompt: Sequence[int],
     note: Callable[[str], None],
     decode_weights: DecodeWeights = "stored",
 ) -> ForwardPass:
     """Return the fastest pass that is exact for ``core``. Call ``note`` if it is a slower one.
 
-    Each pass is checked on the starts of ``prompts``. The model's own forward runs a start as a whole. The
-    pass runs all tokens but the last, then the last. Both must agree on the logits after the last token.
-    Raises ModelError if the model's own forward fails.
+    Each pass is checked on a start of ``prompt`` and on the first half of this start, which run side by side. The
+    pass runs all tokens but the last, then the last. The model's own forward runs the longer start as a whole. Both
+    must agree on the logits after the last token of each. The C step is not part of this: ``SlotPass`` compares it when
+    it first decodes. Raises ModelError if the model's own forward fails.
     """
-    starts = [list(prompt[:CHECKED_TOKENS]) for prompt in prompts]
+    start = list(prompt[:CHECKED_TOKENS])
+    starts = [start, start[: len(start) // 2 + 1]]
     try:
-        expected = torch.stack([last_logits(core, ids) for ids in starts])
+        expected = logits_after(core, start, [len(ids) for ids in starts])
     except FAILURES as error:
         raise ModelError(
             f"{type(core).__name__} cannot continue a text: its own forward failed ({first_line(error)})."
