@@ -17,7 +17,13 @@ from transformers.cache_utils import DynamicCache
 from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.generate import slot_cache
-from tunesmith.models.generate.decode_step import KERNEL_ROWS, DecodeStep, DecodeWeights, decode_step
+from tunesmith.models.generate.decode_step import (
+    COPIED_SLOTS,
+    KERNEL_ROWS,
+    DecodeStep,
+    DecodeWeights,
+    decode_step,
+)
 from tunesmith.models.generate.int8_weights import int8_forward
 from tunesmith.models.generate.row_adapters import ACTIVE, CannotStack, RowAdapters
 from tunesmith.models.generate.slot_cache import CannotUseSlots, Piece, SlotCache
@@ -83,6 +89,8 @@ class SlotPass:
 
     def resize(self, slots: int, capacity: int) -> None:
         self.cache, self.has_virtual_tokens = self.cache.resized(slots, capacity), False
+        if self.decode_weights == "stored" and slots > COPIED_SLOTS:
+            self.packed_step = None
 
     def forget(self) -> None:
         self.has_virtual_tokens, self.packed_step = False, None
@@ -176,9 +184,9 @@ class SlotPass:
         return self._forward_of_adapters(pieces)  # again, because the step has written into the cache
 
     def _packed(self, step: DecodeStep) -> DecodeStep:
-        """Return ``step`` with the copies of the weights that it reads."""
+        """Return ``step`` with the copies of the weights that it reads, for as many slots as there are."""
         if self.decode_weights == "stored":
-            return step.packed()
+            return step if self.cache.slots > COPIED_SLOTS else step.packed()
         packed = step.in_int8()
         if not packed.panels:
             self.note("decoding with the weights as stored: too little memory is free for int8 copies")
