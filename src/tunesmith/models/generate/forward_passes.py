@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
-from tunesmith.models.generate import slot_cache
+from tunesmith.models.generate import prompt_layers, slot_cache
 from tunesmith.models.generate.decode_step import (
     COPIED_SLOTS,
     KERNEL_ROWS,
@@ -79,6 +79,8 @@ class SlotPass:
         self.has_virtual_tokens = False
         """The slots begin with the virtual tokens as they are now."""
         self.step = decode_step(core)
+        self.layers = prompt_layers.forwards(core)
+        """Layers that passes over prompts compute in C, with their forwards."""
         self.packed_step: DecodeStep | None = None
         """The step with copies of the weights as they are now: in bf16 where these lose nothing, or in int8."""
         self.checked_steps = set[tuple[int, bool, bool, bool]]()
@@ -214,7 +216,7 @@ class SlotPass:
         places = functional.pad(self.cache.place_of_token, (0, padding))
         chosen = _keywords(self.core, position_ids=places[None], logits_to_keep=last)
         cache = self.cache
-        with slot_attention(self.core):
+        with slot_attention(self.core), prompt_layers.replaced(self.layers):
             out = self.core(input_ids=ids, past_key_values=cache, use_cache=True, slots=cache, **chosen)
         if self.cache.calls != len(self.cache.keys):
             raise CannotUseSlots(f"{self.cache.calls} of its {len(self.cache.keys)} layers call attention")
