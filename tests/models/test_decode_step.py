@@ -17,7 +17,7 @@ from tests.tiny import tiny_model
 from tunesmith import machine
 from tunesmith.models.fast import kernels
 from tunesmith.models.generate import forward_passes, slot_cache
-from tunesmith.models.generate.decode_step import KERNEL_ROWS, decode_step
+from tunesmith.models.generate.decode_step import COPIED_SLOTS, KERNEL_ROWS, decode_step
 from tunesmith.models.generate.forward_passes import SlotPass
 from tunesmith.models.generate.slot_cache import Piece, attend
 
@@ -92,7 +92,7 @@ def test_bf16_copies_of_fp32_weights_give_the_logits_of_fp32(name: str, rows: in
 def test_weights_that_bf16_cannot_hold_have_no_copies_and_changed_ones_have_new_copies() -> None:
     model = rounded(tiny_model("llama"))
     run = filled(model, (3, 3))
-    piece = [Piece([7], 1, 3)]
+    piece = [Piece([7], 1, 3, drawn=True)]
     run(piece)
     assert run.packed_step is not None and run.packed_step.panels
     up = model.model.layers[1].mlp.up_proj.weight
@@ -102,6 +102,19 @@ def test_weights_that_bf16_cannot_hold_have_no_copies_and_changed_ones_have_new_
     assert run.packed_step is not None and run.packed_step.panels
     up[3, 5] += 1e-6
     run.forget()
+    assert torch.allclose(run(piece), run._forward(piece), atol=1e-5)
+    assert run.packed_step is run.step and not run.packed_step.panels
+
+
+@torch.inference_mode()
+def test_the_copies_that_few_slots_read_are_dropped_when_there_are_many() -> None:
+    run = filled(rounded(tiny_model("llama")), (3, 3))
+    piece = [Piece([7], 1, 3, drawn=True)]
+    run(piece)
+    assert run.packed_step is not None and run.packed_step.panels
+    run.resize(COPIED_SLOTS, 64)
+    assert run.packed_step is not None and run.packed_step.panels
+    run.resize(COPIED_SLOTS + 1, 64)
     assert torch.allclose(run(piece), run._forward(piece), atol=1e-5)
     assert run.packed_step is run.step and not run.packed_step.panels
 
@@ -190,7 +203,7 @@ def test_a_step_that_differs_is_switched_off_and_reported(monkeypatch: pytest.Mo
     run.resize(1, 64)
     with torch.inference_mode():
         run([Piece([5, 6, 7, 8], 0, 0)])
-        answered = run([Piece([9], 0, 4)])
+        answered = run([Piece([9], 0, 4, drawn=True)])
         expected = tiny_model("llama")(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, -1]
     assert run.step is None and "differ by" in notes[0]
     assert torch.allclose(answered[0], expected, atol=1e-5)
@@ -203,13 +216,13 @@ def test_many_rows_are_compared_as_few_rows_were(few: int, monkeypatch: pytest.M
     notes: list[str] = []
     run = filled(tiny_model("llama"), (3,) * (few + 1))
     run.note = notes.append
-    run([Piece([7], slot + 1, 3) for slot in range(few)])
+    run([Piece([7], slot + 1, 3, drawn=True) for slot in range(few)])
     assert run.step is not None
     run.step = replace(run.step, scale=3 * run.step.scale)
     run.forget()
-    run([Piece([7], slot + 1, 4) for slot in range(few)])
+    run([Piece([7], slot + 1, 4, drawn=True) for slot in range(few)])
     assert run.step is not None and not notes
-    run([Piece([7], slot + 1, 5) for slot in range(few + 1)])
+    run([Piece([7], slot + 1, 5, drawn=True) for slot in range(few + 1)])
     assert run.step is None and "differ by" in notes[0]
 
 
@@ -228,23 +241,54 @@ def test_a_row_is_what_it_is_alone_in_bf16(rows: int) -> None:
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, None), (9, None), (0, 2.0), (9, 2.0)])
-@pytest.mark.parametrize(("rows", "ahead", "value_dim"), [(1, 4, 8), (5, 0, 8), (64, 3, 6), (150, 21, 8)])
+@pytest.mark.parametrize(
+    ("rows", "ahead", "dim", "value_dim"),
+    [
+        (1, 4, 8, 8),
+        (5, 0, 8, 8),
+        (64, 3, 8, 6),
+        (150, 21, 8, 8),
+        (1, 4, 16, 16),
+        (5, 0, 32, 32),
+        (250, 21, 32, 32),
+        (49, 9, 32, 16),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_attention_of_a_prompt_by_kernel_and_by_torch(
-    dtype: torch.dtype, rows: int, ahead: int, value_dim: int, window: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    rows: int,
+    ahead: int,
+    dim: int,
+    value_dim: int,
+    window: int,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What lies in the slot after the prompt is not read: it may be anything."""
     generator = torch.Generator().manual_seed(0)
     seen = rows + ahead
-    query = torch.randn(rows, 6, 8, generator=generator).to(dtype).transpose(0, 1)
-    keys, values = (torch.full((2, seen + 40, dim), float("nan"), dtype=dtype)[:, :seen] for dim in (8, value_dim))
+    query = torch.randn(rows, 6, dim, generator=generator).to(dtype).transpose(0, 1)
+    keys, values = (torch.full((2, seen + 40, wide), float("nan"), dtype=dtype)[:, :seen] for wide in (dim, value_dim))
     for stored in (keys, values):
         stored.copy_(torch.randn(stored.shape, generator=generator))
     found = attend(query, keys, values, 0.5, window, softcap)
     monkeypatch.setattr(slot_cache.kernels, "available", lambda tensor: False)
     expected = attend(query.float(), keys.float(), values.float(), 0.5, window, softcap)
     assert torch.allclose(found.float(), expected, atol=1e-5 if dtype is torch.float32 else 3e-2)
+
+
+def test_attention_of_a_prompt_in_fp32_is_that_of_training_where_nothing_else_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[str] = []
+    call = kernels.call_in_memory
+    monkeypatch.setattr(kernels, "call_in_memory", lambda name, *given: called.append(name) or call(name, *given))
+    x = torch.randn(6, 20, 16)
+    for window, softcap, given in ((0, None, x), (20, None, x), (19, None, x), (0, 2.0, x), (0, None, x.bfloat16())):
+        attend(given, given[:2], given[2:4], 0.5, window, softcap)
+    assert called == ["causal_attention_of_slot"] * 2 + ["prefill_attention"] * 3
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (0, 2.0), (9, 2.0)])

@@ -17,7 +17,7 @@ from tunesmith.errors import ModelError, UserError
 from tunesmith.models.generate import slots
 from tunesmith.models.generate.decode import generate, generate_ids, stream
 from tunesmith.models.generate.engine import Engine
-from tunesmith.models.generate.forward_passes import PlainPass, SlotPass
+from tunesmith.models.generate.forward_passes import CHECKED_TOKENS, PlainPass, SlotPass
 from tunesmith.models.generate.running_rows import Answer, Request
 from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.models.generate.stop_tokens import stop_ids
@@ -210,6 +210,19 @@ def test_one_engine_serves_all_iterations_of_a_training_run(monkeypatch: pytest.
         optimizer.step()
         optimizer.zero_grad()
     assert len(set(seen)) == 3 and len(checks) == 1 + 3  # three of the fresh engines
+
+
+def test_the_check_of_a_new_engine_runs_the_model_once_and_copies_no_weights() -> None:
+    model = tiny_model("llama").to(torch.bfloat16).float()
+    alone: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: alone.append(kwargs["input_ids"].shape[1]) if "slots" not in kwargs else None,
+        with_kwargs=True,
+    )
+    engine = Engine(model, TOKENIZER)
+    ids(engine, requests(prompts(60), SamplingParams(max_new_tokens=1, stop=NEVER)))
+    run = engine.slots._pass
+    assert isinstance(run, SlotPass) and run.packed_step is None and alone == [CHECKED_TOKENS]
 
 
 def test_a_layer_that_is_replaced_is_seen() -> None:

@@ -68,6 +68,7 @@ static void add_product_across(const float *a, i64 aj, const float *b, float *c,
 /* `length` queries from token `start`: each sees `ahead` keys from token `prefix`, then causally its own segment. */
 typedef struct { i64 start, length, ahead, prefix; } Run;
 #define QUERIES_AT_ONCE 48 /* a multiple of every TALL */
+#define QUERIES_PER_TASK 192 /* of each head that reads the keys of a task, which it packs once */
 
 /* Rows of scores: an odd multiple of 16 floats, because the columns of rows of 2 KB share few places in the cache. */
 static inline i64 score_wide(i64 keys) { return (round_up_16(keys) / 16 | 1) * 16; }
@@ -116,6 +117,24 @@ static inline void hide(float *row, i64 seen, i64 wide) {
     RANGE(j, seen, least(seen + TALL, wide)) row[j] = 0.0f;
 }
 
+/* Attention of a block of rows as in `causal_products` -> y, and `norm` of each row: the largest product, and 1 / sum(exp(scale
+ * (product - largest))). */
+static void attend_rows(const float *q, i64 q_wide, const float *packed, const float *v, const Run *run, float *scores, i64 wide,
+                        float scale, float *norm, float *y, i64 y_wide, i64 rows, i64 seen, i64 dim) {
+    causal_products(q, q_wide, packed, scores, wide, rows, seen, dim);
+    EACH(r, rows) {
+        float *row = scores + r * wide, top = -INFINITY, sum = 0.0f;
+        i64 n = seen + r;
+        SIMD_MAX(top) EACH(j, n) top = row[j] > top ? row[j] : top;
+        SIMD_SUM(sum) EACH(j, n) sum += row[j] = fast_exp((row[j] - top) * scale);
+        norm[2 * r] = top;
+        norm[2 * r + 1] = 1.0f / sum;
+        hide(row, n, wide);
+    }
+    weighted_sums(scores, wide, v, run, y, y_wide, rows, seen, dim);
+    EACH(r, rows) SIMD EACH(d, dim) y[r * y_wide + d] *= norm[2 * r + 1];
+}
+
 /* q (heads, tokens, dim), k and v (kv_heads, tokens, dim), runs (count) -> out (tokens, heads, dim), and `norms` (heads, tokens,
  * 2): the largest product of each query, and 1 / sum(exp(scale (product - largest))). dim is a multiple of 16. Returns 1 if
  * memory is short. */
@@ -133,19 +152,31 @@ i64 causal_attention(const float *q, const float *k, const float *v, float *out,
         for (i64 first = 0; first < run->length; first += QUERIES_AT_ONCE) {
             i64 rows = least(run->length - first, QUERIES_AT_ONCE), token = run->start + first, seen = run->ahead + first + 1;
             float *norm = norms + 2 * (head * tokens + token), *to = out + (token * heads + head) * dim;
-            causal_products(q + (head * tokens + token) * dim, dim, packed, scores, wide, rows, seen, dim);
-            EACH(r, rows) {
-                float *row = scores + r * wide, top = -INFINITY, sum = 0.0f;
-                i64 n = seen + r;
-                SIMD_MAX(top) EACH(j, n) top = row[j] > top ? row[j] : top;
-                SIMD_SUM(sum) EACH(j, n) sum += row[j] = fast_exp((row[j] - top) * scale);
-                norm[2 * r] = top;
-                norm[2 * r + 1] = 1.0f / sum;
-                hide(row, n, wide);
-            }
-            weighted_sums(scores, wide, v + other, run, to, heads * dim, rows, seen, dim);
-            EACH(r, rows) SIMD EACH(d, dim) to[r * heads * dim + d] *= norm[2 * r + 1];
+            attend_rows(q + (head * tokens + token) * dim, dim, packed, v + other, run, scores, wide, scale, norm, to, heads * dim, rows, seen, dim);
         }
+        free(packed);
+    }
+    return failed;
+}
+
+/* Attention of the last `rows` of the `seen` tokens of a slot: q, keys and values as in `prefill_attention`, for one size of a
+ * head, a multiple of 16 -> out (rows, heads, dim). Returns 1 if memory is short. */
+i64 causal_attention_of_slot(const float *q, const float *keys, const float *values, float *out, float scale, i64 heads,
+                             i64 kv_heads, i64 rows, i64 seen, i64 dim, i64 q_head, i64 q_row, i64 k_head, i64 v_head) {
+    i64 group = heads / kv_heads, ahead = seen - rows, parts = (rows + QUERIES_PER_TASK - 1) / QUERIES_PER_TASK, failed = 0;
+    PRAGMA(omp parallel for schedule(dynamic) reduction(| : failed))
+    EACH(task, parts * kv_heads) {
+        i64 begin = (parts - 1 - task / kv_heads) * QUERIES_PER_TASK, end = least(begin + QUERIES_PER_TASK, rows); /* the longest first */
+        i64 other = task % kv_heads, head = other * group;
+        Run run = {0, ahead + end, 0, 0};
+        i64 wide = score_wide(run.length), even = round_up_16(run.length + 1) * dim;
+        float norm[2 * QUERIES_AT_ONCE], *packed = malloc(sizeof(float) * (size_t)(even + QUERIES_AT_ONCE * wide));
+        if (!packed) { failed = 1; continue; }
+        pack_keys(keys + other * k_head, &run, dim, packed);
+        EACH(g, group) for (i64 first = begin; first < end; first += QUERIES_AT_ONCE)
+            attend_rows(q + (head + g) * q_head + first * q_row, q_row, packed, values + other * v_head, &run, packed + even, wide,
+                        scale, norm, out + (first * heads + head + g) * dim, heads * dim, least(end - first, QUERIES_AT_ONCE),
+                        ahead + first + 1, dim);
         free(packed);
     }
     return failed;

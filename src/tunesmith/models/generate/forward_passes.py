@@ -16,8 +16,14 @@ from transformers.cache_utils import DynamicCache
 
 from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
-from tunesmith.models.generate import slot_cache
-from tunesmith.models.generate.decode_step import KERNEL_ROWS, DecodeStep, DecodeWeights, decode_step
+from tunesmith.models.generate import prompt_layers, slot_cache
+from tunesmith.models.generate.decode_step import (
+    COPIED_SLOTS,
+    KERNEL_ROWS,
+    DecodeStep,
+    DecodeWeights,
+    decode_step,
+)
 from tunesmith.models.generate.int8_weights import int8_forward
 from tunesmith.models.generate.row_adapters import ACTIVE, CannotStack, RowAdapters
 from tunesmith.models.generate.slot_cache import CannotUseSlots, Piece, SlotCache
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECKED_TOKENS = 24
-"""Tokens of each of two prompts on which attention over slots is compared with the model's own."""
+"""Tokens of a prompt on which attention over slots is compared with the model's own."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest difference of a logit, relative to the largest logit: about four times the rounding error."""
 
@@ -73,6 +79,8 @@ class SlotPass:
         self.has_virtual_tokens = False
         """The slots begin with the virtual tokens as they are now."""
         self.step = decode_step(core)
+        self.layers = prompt_layers.forwards(core)
+        """Layers that passes over prompts compute in C, with their forwards."""
         self.packed_step: DecodeStep | None = None
         """The step with copies of the weights as they are now: in bf16 where these lose nothing, or in int8."""
         self.checked_steps = set[tuple[int, bool, bool, bool]]()
@@ -83,6 +91,8 @@ class SlotPass:
 
     def resize(self, slots: int, capacity: int) -> None:
         self.cache, self.has_virtual_tokens = self.cache.resized(slots, capacity), False
+        if self.decode_weights == "stored" and slots > COPIED_SLOTS:
+            self.packed_step = None
 
     def forget(self) -> None:
         self.has_virtual_tokens, self.packed_step = False, None
@@ -92,9 +102,8 @@ class SlotPass:
         if self.cache.virtual and not self.has_virtual_tokens:
             self._begin_slots()
         self.cache.begin(pieces, self.core.device)
-        # the last token of a prompt, alone, is computed as the rest of the prompt: with the weights as stored
-        exact = self.decode_weights == "stored" or all(piece.drawn for piece in pieces)
-        if self.step is not None and self.cache.decoding and self.cache.keys and exact:
+        # the last token of a prompt, alone, is computed as the rest of the prompt: without copies of the weights
+        if self.step is not None and self.cache.keys and all(piece.drawn for piece in pieces):
             try:
                 return self._decode(self.step, pieces)
             except CannotStack:
@@ -177,9 +186,9 @@ class SlotPass:
         return self._forward_of_adapters(pieces)  # again, because the step has written into the cache
 
     def _packed(self, step: DecodeStep) -> DecodeStep:
-        """Return ``step`` with the copies of the weights that it reads."""
+        """Return ``step`` with the copies of the weights that it reads, for as many slots as there are."""
         if self.decode_weights == "stored":
-            return step.packed()
+            return step if self.cache.slots > COPIED_SLOTS else step.packed()
         packed = step.in_int8()
         if not packed.panels:
             self.note("decoding with the weights as stored: too little memory is free for int8 copies")
@@ -207,7 +216,7 @@ class SlotPass:
         places = functional.pad(self.cache.place_of_token, (0, padding))
         chosen = _keywords(self.core, position_ids=places[None], logits_to_keep=last)
         cache = self.cache
-        with slot_attention(self.core):
+        with slot_attention(self.core), prompt_layers.replaced(self.layers):
             out = self.core(input_ids=ids, past_key_values=cache, use_cache=True, slots=cache, **chosen)
         if self.cache.calls != len(self.cache.keys):
             raise CannotUseSlots(f"{self.cache.calls} of its {len(self.cache.keys)} layers call attention")
@@ -282,14 +291,14 @@ class WholePass:
         for piece in pieces:
             self.tokens[piece.slot] = [*self.tokens.get(piece.slot, [])[: piece.ahead], *piece.ids]
             with self.adapters.using(piece.adapter):
-                logits.append(last_logits(self.core, self.tokens[piece.slot]))
-        return torch.stack(logits)
+                logits.append(logits_after(self.core, self.tokens[piece.slot], [piece.end]))
+        return torch.cat(logits)
 
 
-def last_logits(core: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Return the logits after ``ids`` by the model's own forward, without a cache; fp32 (vocabulary,)."""
+def logits_after(core: PreTrainedModel, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Return the logits after so many of ``ids`` by the model's own forward, without a cache; fp32 (lengths, vocabulary)."""
     logits: Tensor = core(input_ids=torch.tensor([list(ids)], device=core.device), use_cache=False).logits
-    return logits[0, -1].float()
+    return logits[0, [length - 1 for length in lengths]].float()
 
 
 FAILURES = (CannotUseSlots, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -300,19 +309,21 @@ FAILURES = (CannotUseSlots, ArithmeticError, AttributeError, LookupError, Runtim
 def choose_pass(
     core: PreTrainedModel,
     adapters: RowAdapters,
-    prompts: Sequence[Sequence[int]],
+    prompt: Sequence[int],
     note: Callable[[str], None],
     decode_weights: DecodeWeights = "stored",
 ) -> ForwardPass:
     """Return the fastest pass that is exact for ``core``. Call ``note`` if it is a slower one.
 
-    Each pass is checked on the starts of ``prompts``. The model's own forward runs a start as a whole. The
-    pass runs all tokens but the last, then the last. Both must agree on the logits after the last token.
-    Raises ModelError if the model's own forward fails.
+    Each pass is checked on a start of ``prompt`` and on the first half of this start, which run side by side. The
+    pass runs all tokens but the last, then the last. The model's own forward runs the longer start as a whole. Both
+    must agree on the logits after the last token of each. The C step is not part of this: ``SlotPass`` compares it when
+    it first decodes. Raises ModelError if the model's own forward fails.
     """
-    starts = [list(prompt[:CHECKED_TOKENS]) for prompt in prompts]
+    start = list(prompt[:CHECKED_TOKENS])
+    starts = [start, start[: len(start) // 2 + 1]]
     try:
-        expected = torch.stack([last_logits(core, ids) for ids in starts])
+        expected = logits_after(core, start, [len(ids) for ids in starts])
     except FAILURES as error:
         raise ModelError(
             f"{type(core).__name__} cannot continue a text: its own forward failed ({first_line(error)})."

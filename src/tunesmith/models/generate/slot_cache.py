@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from tunesmith.models.fast import kernels
+from tunesmith.models.fast import attention, kernels
 from tunesmith.models.generate.row_adapters import ACTIVE
 
 if TYPE_CHECKING:
@@ -230,13 +230,20 @@ def attend(
 def _attend_by_kernel(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """Compute :func:`attend` in C: no product is compiled for each length of a prompt."""
+    """Compute :func:`attend` in C: no product is compiled for each length of a prompt.
+
+    In fp32 this is the attention that training uses; it has no window and no soft cap.
+    """
     heads, rows, dim = query.shape
     kv_heads, seen, value_dim = values.shape
     out = query.new_empty(rows, heads, value_dim)
-    sizes = (window, heads, kv_heads, rows, seen, dim, value_dim)
     strides = (*query.stride()[:2], keys.stride(0), values.stride(0))
     tensors = query, keys, values, out
+    if attention.in_c(query) and value_dim == dim and not softcap and not 0 < window < seen:
+        of_slot = heads, kv_heads, rows, seen, dim
+        kernels.call_in_memory("causal_attention_of_slot", None, *tensors, scale, *of_slot, *strides)
+        return out
+    sizes = (window, heads, kv_heads, rows, seen, dim, value_dim)
     kernels.call_in_memory("prefill_attention", query.dtype, *tensors, scale, softcap, *sizes, *strides)
     return out
 

@@ -90,9 +90,9 @@ class Slots:
         The slot is the one that holds most of the row's tokens, the emptiest of several; it keeps that start.
         """
         if self._pass is None:
-            prompt = row.request.ids
-            starts = [prompt, prompt[: len(prompt) // 2 + 1]]
-            self._pass = choose_pass(self.core, self.adapters, starts, self.note, self.decode_weights)
+            self._pass = choose_pass(
+                self.core, self.adapters, row.request.ids, self.note, self.decode_weights
+            )
         too_few = self._made_for < min(self.wanted, self.most)
         if len(self._free) == self.count:
             if row.needed > self.capacity or too_few:
