@@ -37,7 +37,7 @@ import tunesmith
 STEPS, HALF = 6, 3
 TIMING = {"time", "seconds", "eta_seconds", "tokens_per_second", "rows_per_second"}
 TIMING |= {"train_seconds", "reference_seconds", "memory_bytes", "peak_memory_bytes", "update_seconds"}
-TIMING |= {"rollout_seconds", "scoring_seconds", "logps_seconds", "rollout_tokens_per_second"}
+TIMING |= {"rollout_seconds", "scoring_seconds", "logps_seconds", "rollout_tokens_per_second", "scoring_tokens_per_second"}
 PATHS = {"base_model_name_or_path", "model_dir", "run_dir", "report", "path", "base", "adapter"}
 PROSE = {"why", "notes"}
 MERGES = ("lora", "qlora", "ia3")  # adaptations that tunesmith.merge folds into the base model
@@ -105,6 +105,8 @@ def rows_of(objective: str, count: int = 13) -> list[dict[str, Any]]:
             "sft": {"prompt": f"question {n}:{filler}", "completion": f" {phrase} {n}"},
             "cpt": {"text": f"document {n}. {phrase}{filler}, {other}" + filler},
             "kto": {"prompt": f"question {n}:{filler}", "completion": f" {phrase} {n}", "label": n % 2 == 0},
+            "grpo": {"prompt": f"question {n}:{filler}"},
+            "ppo": {"prompt": f"question {n}:{filler}"},
             "dpo": {"prompt": f"question {n}:{filler}", "chosen": f" {phrase} {n}", "rejected": f" {other}"},
             "reward": {"prompt": f"question {n}:{filler}", "chosen": f" {phrase} {n}", "rejected": f" {other}"},
             "classify": {"text": f"{phrase} {n}{filler}", "label": ("good", "bad", "so so")[n % 3]},
