@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 import numpy as np
 
 from tunesmith.data.batch.shared_prompts import Families, Sizes
+
+MOST_BALANCED = 512
+"""Most examples of families that :func:`balanced` groups: the time grows with examples times groups."""
 
 
 def balanced(sizes: Sizes, share: int, lanes: int) -> list[list[int]]:
@@ -26,7 +30,10 @@ def balanced(sizes: Sizes, share: int, lanes: int) -> list[list[int]]:
 
     number = lanes * -(-sizes.packed(sorted(rest, key=family)) // max(1, share * lanes))
     while rest:
-        made = shared_out(tokens[rest].tolist(), min(number, len(rest)), sizes.of(rest).families)
+        lengths, count, of_rest = tokens[rest].tolist(), min(number, len(rest)), sizes.of(rest).families
+        made = (
+            shared_out(lengths, count) if of_rest is None else _families_shared_out(lengths, count, of_rest)
+        )
         groups = [sorted((rest[place] for place in group), key=family) for group in made if group]
         if max(map(sizes.packed, groups)) <= share:
             return alone + groups
@@ -34,25 +41,35 @@ def balanced(sizes: Sizes, share: int, lanes: int) -> list[list[int]]:
     return alone
 
 
-def shared_out(lengths: Sequence[int], number: int, families: Families | None = None) -> list[list[int]]:
+def shared_out(lengths: Sequence[int], number: int) -> list[list[int]]:
     """Return indices in ``number`` groups of about equal length, where ``lengths`` descend.
 
-    The longest that is left joins the group that is then the shortest (Graham 1969); the beginning of its family counts once
-    in each group.
+    The longest that is left joins the shortest group (Graham 1969).
     """
+    groups: list[list[int]] = [[] for _ in range(number)]
+    shortest = [(0, place) for place in range(number)]
+    for index, length in enumerate(lengths):
+        used, place = heappop(shortest)
+        groups[place].append(index)
+        heappush(shortest, (used + length, place))
+    return groups
+
+
+def _families_shared_out(lengths: Sequence[int], number: int, families: Families) -> list[list[int]]:
+    """:func:`shared_out`, where the beginning of a family counts once in each group.
+
+    An example joins the group that is then the shortest."""
     groups: list[list[int]] = [[] for _ in range(number)]
     used, held = [0] * number, [set[int]() for _ in range(number)]
     for index, length in enumerate(lengths):
-        if families is None:
-            place = min(range(number), key=used.__getitem__)
-        else:
-            family, beginning = int(families.number[index]), int(families.beginning[index])
-            after = [total - beginning * (family in there) for total, there in zip(used, held, strict=True)]
-            place = min(range(number), key=after.__getitem__)
-            length -= beginning * (family in held[place])
-            held[place].add(family)
+        family, beginning = int(families.number[index]), int(families.beginning[index])
+        after = [
+            total + length - beginning * (family in there) for total, there in zip(used, held, strict=True)
+        ]
+        place = after.index(min(after))
         groups[place].append(index)
-        used[place] += length
+        held[place].add(family)
+        used[place] = after[place]
     return groups
 
 

@@ -246,7 +246,7 @@ def groups_of(sizes: Sizes, budget: int, layout: Layout) -> list[list[int]]:
     if not layout.packed or batch_tokens(sizes, layout) < lanes * max(1, layout.lane_tokens):
         lanes = 1
     share = budget // lanes
-    if lanes > 1:
+    if lanes > 1 and (sizes.families is None or len(sizes.tokens) <= lane_groups.MOST_BALANCED):
         groups = lane_groups.balanced(sizes, share, lanes)
     else:
         groups = groups_under(sizes.tokens.tolist(), share, layout, sizes.rows.tolist(), sizes.families)
