@@ -32,7 +32,7 @@ def poisoned(label, value):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(value, tmp_path, monkeypatch):
     made = recipe(tmp_path, batch_size=2, max_steps=6, save_steps=1, shuffle=False, save_total_limit=9)
-    growing = [json.dumps({"prompt": "question:" + " fox" * n, "completion": " x"}) for n in range(12)]
+    growing = [json.dumps({"prompt": f"{n} question:" + " fox" * n, "completion": " x"}) for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(growing))
     short = {**made, "train": {**made["train"], "max_steps": 3, "lr_scheduler_type": "constant"}}
     made["train"]["lr_scheduler_type"] = "constant"

@@ -234,7 +234,7 @@ def watch(monkeypatch, overflows=()):
         seen[step.number] = Watched(
             {name: value.detach().clone() for name, value in masters.masters.items()},
             {name: value.detach().clone() for name, value in masters.parameters.items()},
-            step.rows.tolist(),
+            step.names(),
             record["learning_rate"],
         )
         return record
