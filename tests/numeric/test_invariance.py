@@ -112,10 +112,16 @@ def test_any_split_makes_the_same_gradients_and_evaluation(name, adaptation, tmp
 
 def chats(folder, **keys):
     """A recipe of rows that begin with one of two system messages, or with none."""
-    made, systems = recipe(folder, **keys), ["answer the question of the user", "the capital of France is Paris. question answer", None]
+    made, systems = (
+        recipe(folder, **keys),
+        ["answer the question of the user", "the capital of France is Paris. question answer", None],
+    )
     rows = []
     for number in range(12):
-        turns = [("user", f"question {'user ' * (number % 4)}{number}?"), ("assistant", f"answer {number}. {'Paris ' * (number % 3)}")]
+        turns = [
+            ("user", f"question {'user ' * (number % 4)}{number}?"),
+            ("assistant", f"answer {number}. {'Paris ' * (number % 3)}"),
+        ]
         system = systems[number % 4 % 3]
         turns = [("system", system), *turns] if system else turns
         rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
@@ -123,7 +129,9 @@ def chats(folder, **keys):
     return made
 
 
-@pytest.mark.parametrize("name", shortened([name for name in TINY if name not in ("mistral", "gemma3")], ["llama", "gpt2", "gemma"]))
+@pytest.mark.parametrize(
+    "name", shortened([name for name in TINY if name not in ("mistral", "gemma3")], ["llama", "gpt2", "gemma"])
+)
 def test_a_beginning_that_rows_share_changes_no_gradient_and_no_evaluation(name, tmp_path):
     made = chats(tmp_path, name=name, learning_rate=1e-3, optim_args={"eps": 1e-3})
     _, job = built(made, tmp_path, "auto")

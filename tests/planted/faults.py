@@ -108,8 +108,8 @@ FAULTS = [
         "first-token-is-a-target",
         "the first token of a packed row is never predicted from the row before it",
         "data/batch/shared_prompts.py",
-        "np.flatnonzero(example[\"supervised\"][1:]) + 1 for example",
-        "np.flatnonzero(example[\"supervised\"]) for example",
+        'np.flatnonzero(example["supervised"][1:]) + 1 for example',
+        'np.flatnonzero(example["supervised"]) for example',
         "tests/numeric/test_parity.py",
     ),
     Fault(

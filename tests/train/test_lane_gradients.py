@@ -84,7 +84,11 @@ class Tied(nn.Module):
         self.products = [linear_products.output_forward(layer) for layer in self.layers]
 
     def forward(self, ids, fused):
-        x = weight_gradients.ReadRows.apply(ids, self.embedding.weight, self.embedding.padding_idx) if fused else self.embedding(ids)
+        x = (
+            weight_gradients.ReadRows.apply(ids, self.embedding.weight, self.embedding.padding_idx)
+            if fused
+            else self.embedding(ids)
+        )
         for layer, product in zip(self.layers, self.products, strict=True):
             x = torch.tanh(product(x) if fused else layer(x))
         if fused:
