@@ -86,18 +86,24 @@ def available(tensor: Tensor) -> bool:
 
 def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float) -> None:
     """Call the C function ``name`` for ``dtype`` (None: it has one form). Nothing checks the tensors' layout."""
-    loaded = library()
-    assert loaded is not None, "callers ask available() first"
-    _call(loaded, name if dtype is None else f"{name}_{SUFFIX[dtype]}", *arguments)
+    _run(_function(name, dtype), *arguments)
 
 
 def call_in_memory(name: str, dtype: torch.dtype | None, *arguments: Tensor | float) -> None:
     """:func:`call` of a function that takes memory of its own. Raises MemoryError if it gets none."""
+    function = _function(name, dtype)
+    if _run(function, *arguments) != 0:
+        raise MemoryError(f"{function}: not enough memory")
+
+
+def _function(name: str, dtype: torch.dtype | None) -> str:
+    return name if dtype is None else f"{name}_{SUFFIX[dtype]}"
+
+
+def _run(function: str, *arguments: Tensor | float) -> int:
     loaded = library()
     assert loaded is not None, "callers ask available() first"
-    function = name if dtype is None else f"{name}_{SUFFIX[dtype]}"
-    if _call(loaded, function, *arguments) != 0:
-        raise MemoryError(f"{function}: not enough memory")
+    return _call(loaded, function, *arguments)
 
 
 def _call(lib: ctypes.CDLL, name: str, *arguments: Tensor | float) -> int:
