@@ -182,12 +182,22 @@ _origins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Output of an RMSNorm -> its :class:`linear_products.Origin`, for the linear layers that read it."""
 
 
-def _norm(module: nn.Module) -> Forward | None:
+def norm_parts(module: nn.Module) -> tuple[nn.Parameter, float] | None:
+    """Return weight and epsilon of a module that has the names of an RMSNorm."""
     epsilon, weight = attribute(module, "variance_epsilon", "eps"), attribute(module, "weight")
-    if not type(module).__name__.endswith("RMSNorm"):
+    named = type(module).__name__.endswith("RMSNorm")
+    return (
+        (weight, epsilon)
+        if named and isinstance(epsilon, float) and isinstance(weight, nn.Parameter)
+        else None
+    )
+
+
+def _norm(module: nn.Module) -> Forward | None:
+    found = norm_parts(module)
+    if found is None:
         return None
-    if not isinstance(epsilon, float) or not isinstance(weight, nn.Parameter):
-        return None
+    weight, epsilon = found
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype != weight.dtype:
@@ -230,10 +240,16 @@ def swiglu(both: Tensor) -> Tensor:
     return y
 
 
-def _mlp(module: nn.Module) -> Forward | None:
+def swiglu_parts(module: nn.Module) -> list[nn.Module] | None:
+    """Return the layers gate, up and down of a module that has the names of a SwiGLU."""
     parts = [attribute(module, name) for name in ("gate_proj", "up_proj", "down_proj")]
-    activation = type(attribute(module, "act_fn")).__name__
-    if any(part is None for part in parts) or activation not in ("SiLUActivation", "SiLU"):
+    known = type(attribute(module, "act_fn")).__name__ in ("SiLUActivation", "SiLU")
+    return parts if known and None not in parts else None
+
+
+def _mlp(module: nn.Module) -> Forward | None:
+    parts = swiglu_parts(module)
+    if parts is None:
         return None
     down = linear_products.output_forward(parts[2])
     both = None if down is None else linear_products.stack_linears(parts[:2])

@@ -61,11 +61,10 @@ def replaced(layers: Replaced) -> Iterator[None]:
 
 
 def _norm(module: nn.Module) -> Forward | None:
-    epsilon, weight = attribute(module, "variance_epsilon", "eps"), attribute(module, "weight")
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float):
+    found = fused_layers.norm_parts(module)
+    if found is None:
         return None
-    if not isinstance(weight, nn.Parameter):
-        return None
+    epsilon = found[1]
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype is not module.weight.dtype:
@@ -77,12 +76,11 @@ def _norm(module: nn.Module) -> Forward | None:
 
 
 def _mlp(module: nn.Module) -> Forward | None:
-    parts = [attribute(module, name) for name in ("gate_proj", "up_proj", "down_proj")]
-    activation = type(attribute(module, "act_fn")).__name__
-    if any(part is None for part in parts) or activation not in ("SiLUActivation", "SiLU"):
+    if fused_layers.swiglu_parts(module) is None:
         return None
 
     def forward(x: Tensor) -> Tensor:
+        # the layers are looked up now, because an adapter may have been put on them since
         gate, up = (attribute(module, name)(x) for name in ("gate_proj", "up_proj"))
         out, width = torch.empty_like(gate), gate.shape[-1]
         kernels.call("swiglu", gate.dtype, gate, up, out, gate.numel() // width, width, width)
