@@ -99,7 +99,7 @@ class LaneGradients:
         return gradient.new_zeros(()).expand_as(gradient)  # what autograd keeps until the pass ends
 
     def _receive(
-        self, turn: int, weight: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor | None
+        self, turn: int, weight: torch.Tensor, gradient: torch.Tensor, rows: weight_gradients.Rows | None
     ) -> bool:
         total = self._by_weight.get(id(weight))
         if total is None:

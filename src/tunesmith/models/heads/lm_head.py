@@ -1,7 +1,8 @@
 """The language-model head and its loss. The logits of a whole batch never exist at once.
 
 Only positions that have a target go through the vocabulary projection, in blocks. The gradient of the loss is
-computed in the forward pass, while a block's logits exist, so backward multiplies it by one number. (The idea
+computed in the forward pass, while a block's logits exist, so backward multiplies it by one number; in fp32 the weight's own
+gradient is computed later, where the gradient by the logits is smaller. (The idea
 is that of the fused linear cross-entropies of Liger and TRL, here for any device, without recomputation.)
 """
 
