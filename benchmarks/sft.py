@@ -50,23 +50,30 @@ def ours(model: str, data: Path, rows: int, adaptation: str, save: Path) -> dict
         "seconds": outcome["train_seconds"], "tokens_per_second": outcome["tokens_per_second"],
         "peak_memory_bytes": outcome["peak_memory_bytes"], "model": outcome["model_dir"],
         "micro_batch_tokens": manifest["micro_batch_tokens"],
-        **share_of_matmul(recipe, manifest["precision"]["compute"], outcome["train_seconds"]),
+        **share_of_matmul(recipe, manifest, outcome["train_seconds"]),
     }  # fmt: skip
 
 
-def share_of_matmul(recipe: dict, precision: str, seconds: float) -> dict:
-    """The class of the processor, the rate of a large matrix product, and the share of it that training reached."""
+def share_of_matmul(recipe: dict, manifest: dict, seconds: float) -> dict:
+    """The class of the processor, the rate of a large matrix product, and the share of it that training reached.
+
+    The tokens that several rows of a micro-batch begin with count once, as the run of ``manifest`` computed them."""
     import rates
     import torch
 
     from tunesmith import recipe as recipes
+    from tunesmith.data.batch.pack import Layout
+    from tunesmith.models import lanes
     from tunesmith.train import setup
 
     ready = setup.read(recipes.parse(recipe), torch.device("cpu"), lambda line: None)
     rows = [ready.data.train[number] for number in range(len(ready.data.train))]
-    tokens = sum(len(row["input_ids"]) for row in rows)
+    route, least = manifest["route"], lanes.least_tokens(manifest["parameters"]["total"])
+    layout = Layout(route["batches"] == "packed", route["shared"], route["lanes"], least)
+    steps = ready.source.steps(1)
+    tokens = sum(step.tokens(part, layout) for step in steps for part in step.split(manifest["micro_batch_tokens"], layout))
     targets = sum(int(row["supervised"][1:].sum()) for row in rows)
-    measured = rates.measure({"float32": "fp32", "bfloat16": "bf16"}[precision])
+    measured = rates.measure({"float32": "fp32", "bfloat16": "bf16"}[manifest["precision"]["compute"]])
     flops = rates.training_flops(ready.model_folder.network, tokens, targets, recipe["adaptation"] == "full")
     return {**measured, "share_of_matmul": rates.share(measured, flops, seconds)}
 
