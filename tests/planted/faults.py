@@ -52,7 +52,7 @@ FAULTS = [
         "gradients-of-a-lane-lost",
         "the gradients of micro-batches that run at the same time are added",
         "train/lane_gradients.py",
-        "            (total if rows is None else total[rows]).add_(gradient)\n",
+        "            total[... if rows is None else rows].add_(gradient)\n",
         "            pass\n",
         "tests/numeric/test_lanes.py",
     ),

@@ -121,3 +121,11 @@ def test_gradients_that_are_handed_over_are_those_of_autograd(order, padding, mo
     for ids in batches:  # without a receiver
         model(ids, fused=True).backward()
     assert torch.allclose(model.embedding.weight.grad, 2 * expected["embedding.weight"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_that_is_one_number_is_summed_too():
+    model = nn.ParameterList([nn.Parameter(torch.tensor(3.0))])
+    masters = masters_of(model)
+    for turn in (1, 0, 2):
+        masters.backward(model[0] * float(turn + 1), last=False, turn=turn)
+    assert masters.gradients()["0"].item() == 6

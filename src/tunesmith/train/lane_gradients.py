@@ -149,7 +149,7 @@ class _OrderedSum:
             return
         if total is None:
             total = self.master.grad = torch.zeros_like(self.master, requires_grad=False)
-        if rows is None or isinstance(rows, slice):
-            (total if rows is None else total[rows]).add_(gradient)
-        else:
+        if isinstance(rows, torch.Tensor):
             total.index_add_(0, rows, gradient.to(total.dtype))
+        else:
+            total[... if rows is None else rows].add_(gradient)

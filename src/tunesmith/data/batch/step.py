@@ -229,11 +229,11 @@ def first_examples(source: Source) -> Step:
     They are the shortest ones, of those that begin alike where a batch computes their beginning once."""
     step = source.preview(1)[0]
     families = step.data.sizes(step.rows, PACKED).families
-    places = np.arange(len(step))
+    places = list(range(len(step)))
     if families is not None:
-        places = np.flatnonzero(families.number == np.argmax(np.bincount(families.number)))
-        places = places if len(places) > 1 else np.arange(len(step))
-    chosen = sorted(places.tolist(), key=lambda place: (step.lengths[place], step.rows[place]))[:2]
+        alike = np.flatnonzero(families.number == np.bincount(families.number).argmax()).tolist()
+        places = alike if len(alike) > 1 else places
+    chosen = sorted(places, key=lambda place: (step.lengths[place], step.rows[place]))[:2]
     return replace(step, rows=step.rows[chosen])
 
 
