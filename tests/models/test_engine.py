@@ -347,6 +347,24 @@ def test_a_queue_is_read_only_as_far_as_slots_are_free() -> None:
     assert taken == 50 and engine.slots.count == 4
 
 
+def test_prompts_wait_until_one_pass_serves_several() -> None:
+    """An eighth of 16 slots is 2. One row ends in each step, and the last prompt of a queue may be alone."""
+    engine, rows, sizes = Engine(tiny_model("llama"), TOKENIZER, max_running=16), prompts(*[5] * 31), []
+    forward = engine.slots.forward
+
+    def counted(running: Any) -> torch.Tensor:
+        if not running[0].ids:
+            sizes.append(len(running))
+        return forward(running)
+
+    engine.slots.forward = counted  # type: ignore[method-assign]
+    limits = [1 + number % 16 for number in range(31)]
+    wanted = [Request(tuple(row), SamplingParams(max_new_tokens=limit, stop=NEVER), number)
+              for number, (row, limit) in enumerate(zip(rows, limits, strict=True))]  # fmt: skip
+    assert len(engine.answers(wanted)) == 31
+    assert sizes[0] == 16 and sum(sizes) == 31 and min(sizes[1:-1]) == 2
+
+
 def test_no_more_slots_are_made_than_there_are_rows() -> None:
     model, rows = tiny_model("llama"), prompts(3, 9, 4)
     engine, params = Engine(model, TOKENIZER), SamplingParams(max_new_tokens=4)

@@ -1,7 +1,7 @@
 """The engine of all sampling: a queue of prompts, and as many running rows as memory allows.
 
-A row that ends frees its slot, and the next prompt of the queue takes the slot in the same step (continuous
-batching; Yu et al., OSDI 2022). Prompts run together without padding. Tokens of a prompt that a slot already
+A row that ends frees its slot, and prompts of the queue take free slots while the other rows run (continuous
+batching; Yu et al., OSDI 2022). Prompts run together without padding, so they wait until an eighth of the slots is free. Tokens of a prompt that a slot already
 holds are reused or copied, so several samples of one prompt, and the turns of a chat, share their prefix. A
 row's answer depends only on its prompt, sampling rule, seed and number, not on the other rows.
 """
@@ -127,7 +127,7 @@ class Engine:
         self._check_weights()
         try:
             while True:
-                new = self._admit(waiting, source, streamed)
+                new = self._admit(waiting, source, streamed) if self.slots.ready else []
                 if not new and not running:
                     return
                 running += new

@@ -31,6 +31,8 @@ MEMORY_SHARE = 0.5
 """Share of the free memory that the cache may take."""
 BLOCK = 128
 """The capacity of slots is a multiple of this."""
+FREE_SHARE = 8
+"""While rows run, prompts wait until one slot in so many is free."""
 SHARED_TOKENS = 16
 """Shorter common starts of two prompts are computed again instead of copied."""
 
@@ -83,6 +85,11 @@ class Slots:
     def taken(self) -> int:
         """The number of rows that have a slot."""
         return len(self.held) - len(self._free)
+
+    @property
+    def ready(self) -> bool:
+        """True if no row runs, or enough slots are free: a pass over several prompts costs less than one over each."""
+        return not self.taken or len(self._free) * FREE_SHARE >= self.count
 
     def take(self, row: Row) -> bool:
         """Give ``row`` a free slot; return False if it must wait for the rows that run.
