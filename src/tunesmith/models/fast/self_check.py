@@ -18,6 +18,8 @@ LayerKind: TypeAlias = tuple[
     Callable[[nn.Module], Forward | None], Callable[[nn.Module, torch.dtype], Arguments]
 ]
 """The function that makes a layer's forward (None for another kind), and arguments to check it with."""
+Structure: TypeAlias = tuple[object, ...]
+"""Everything about a layer but the numbers in its weights."""
 TOKENS = 8
 """Tokens of the random input."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -58,6 +60,16 @@ def why_not(
     except FORWARD_ERRORS as error:
         return f"it failed on random numbers ({describe(error)})"
     return None if difference <= TOLERANCE[dtype] else f"it differed on random numbers by {difference:.1e}"
+
+
+def structure(module: nn.Module) -> Structure:
+    """Return the classes, settings and shapes of a module and of all modules in it. Its place in the network is none of them."""
+    parts = []
+    for name, part in module.named_modules():
+        settings = [(key, value) for key, value in vars(part).items() if isinstance(value, (bool, int, float, str))]
+        shapes = [(key, weight.shape, weight.requires_grad) for key, weight in part.named_parameters(recurse=False)]
+        parts.append((name, type(part), *(one for one in settings if one[0] != "layer_idx"), *shapes))
+    return tuple(parts)
 
 
 def describe(error: BaseException) -> str:

@@ -121,6 +121,10 @@ def empty_model(folder: Folder, config: PretrainedConfig, head: str = "lm") -> P
     return head_loading.without_unused_pooler(_build(folder, config, head))
 
 
+_built: set[tuple[Path, str, str]] = set()
+"""The folders, heads and configs whose networks were built, and are no larger than their weights."""
+
+
 def _build(folder: Folder, config: PretrainedConfig, head: str) -> PreTrainedModel:
     """Return the network of ``config``. Raises ModelError if it is far larger than the weights in the folder."""
     network = head_types.auto_class(head).from_config
@@ -130,6 +134,7 @@ def _build(folder: Folder, config: PretrainedConfig, head: str) -> PreTrainedMod
         has_attributes(config, "quantization_config"),
     )
     config_bounds.check_parameters(model.num_parameters(), tensors, packed, folder.network)
+    _built.add((folder.network, head, config.to_json_string()))
     return model
 
 
@@ -240,11 +245,12 @@ def _load_full(
     if quantized:  # from the checkpoint's dtype, so that the result does not depend on the compute dtype
         kwargs = {"dtype": checkpoint_dtype(path), **kwargs}
     options = {"dtype": dtype, **kwargs, **_trust(folder)}
-    with torch.device("meta"):  # transformers allocates a tensor of another shape before it refuses it
-        _build(folder, load_config(folder), head)
+    config = load_config(folder)
+    if (path, head, config.to_json_string()) not in _built:
+        with torch.device("meta"):  # transformers allocates a tensor of another shape before it refuses it
+            _build(folder, config, head)
     network, replaced, renamed = head_types.auto_class(head), False, {}
     if head != "lm":
-        config = load_config(folder)
         saved = head_loading.head_of_config(config)
         replaced = head_loading.is_other_head(saved, config, head, head_config)
         if head_config is not None:
