@@ -14,7 +14,7 @@ from tests.rollout.sampling import made as made_of_prompts
 from tests.runs import TASKS, apart, history, recipe, rows, weights
 from tunesmith import machine
 from tunesmith.cli.main import main
-from tunesmith.data.batch.pack import PACKED
+from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.batch.step import Listed, Step
 from tunesmith.errors import OutOfMemoryError, RecipeError
 from tunesmith.models.heads import lm_head
@@ -155,8 +155,11 @@ def test_the_first_thing_that_is_run_is_the_heaviest_micro_batch(packing, tmp_pa
     assert history(tmp_path / "ample") == history(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("layout", "times_longer"), [(PADDED, 4), (PACKED, 1)])
 @pytest.mark.parametrize("missing", [0, 1])
-def test_a_micro_batch_is_not_tried_whose_upper_bound_is_a_third_of_the_free_memory(missing, monkeypatch):
+def test_a_micro_batch_is_not_tried_whose_upper_bound_is_a_third_of_the_free_memory(
+    missing, layout, times_longer, monkeypatch
+):
     """The short row: 10 tokens and 100 bytes, 20 of them gradients. The heaviest micro-batch: one row of 40 tokens."""
     sizes, tried = np.array([40, 10]), []
     data = Listed([{"input_ids": np.zeros(size, np.int32)} for size in sizes], ["long", "short"])
@@ -164,14 +167,14 @@ def test_a_micro_batch_is_not_tried_whose_upper_bound_is_a_third_of_the_free_mem
     masters, config = SimpleNamespace(size=5, share=1), SimpleNamespace(optim_name="sgd")
     update = SimpleNamespace(masters=masters, optimizer=SimpleNamespace(state={}))
     source = SimpleNamespace(preview=lambda most: [step])
-    job = SimpleNamespace(source=source, layout=PACKED, budget=40, update=update, config=config, device=torch.device("cpu"))
+    job = SimpleNamespace(source=source, layout=layout, budget=40, update=update, config=config, device=torch.device("cpu"))
 
     def passed(job, step, places):
         tried.append(int(sizes[places].sum()))
         return memory_budget.Pass(tried[-1], 1.0, 1000, 1000 + 10 * tried[-1])
 
     monkeypatch.setattr(memory_budget, "_pass", passed)
-    bound = 20 + 80 * 4 * 4  # four times as many tokens, in a row that is four times as long
+    bound = 20 + 80 * 4 * times_longer  # four times as many tokens, in a row that is four times as long
     memory = memory_budget.measure_memory(job, 1000 + 3 * (bound + 5 * 4) - missing, bound_suffices=True)
     assert tried == ([10, 40] if missing else [10])
     assert memory.peak == 1000 + 5 * 4 + (400 if missing else bound)

@@ -144,9 +144,11 @@ def measure_memory(job: Job, limit: int, bound_suffices: bool = False) -> Memory
     pending = 0 if allocated else int(masters.size * masters.share * state_bytes)
     tokens, part = step.tokens(places, job.layout), _first_rows(job, step, places)
     if bound_suffices and job.device.type == "cpu":
-        longest = max(int(one.lengths.max()) for one in steps)
+        times_longer = 1.0  # attention to packed rows keeps no weights of attention
+        if not job.layout.packed:
+            times_longer = max(int(one.lengths.max()) for one in steps) / int(steps[0].lengths[shortest])
         gradients = int(4 * masters.size * masters.share)
-        bound = _upper_bound(small, gradients, tokens, longest / int(steps[0].lengths[shortest]))
+        bound = _upper_bound(small, gradients, tokens, times_longer)
         if AMPLE * (bound.peak - bound.before + pending) <= limit - bound.before:
             return Memory(bound, (bound.peak - bound.before) / tokens, pending)
     if job.device.type == "cpu" and tokens > 2 * step.tokens(part, job.layout):
@@ -170,9 +172,9 @@ def _upper_bound(small: Pass, gradients: int, tokens: int, times_longer: float) 
     """Return an upper bound of a pass over ``tokens`` tokens, from the pass over one short row.
 
     ``gradients``: their bytes, which are the same for any number of tokens. Everything else that the short row
-    needed is taken for memory that grows with the square of a row's length, as the weights of attention do:
-    at least a quarter of its bytes, because a parameter that takes no part has no gradient. ``times_longer``:
-    length of the longest row, divided by that of the short one.
+    needed is taken for memory that grows with the tokens, and with the square of a row's length, as the weights of
+    attention do: at least a quarter of its bytes, because a parameter that takes no part has no gradient.
+    ``times_longer``: length of the longest row, divided by that of the short one; 1 where nothing grows with the square.
     """
     times = tokens / small.tokens * max(1.0, times_longer)
     needed = max(0, small.peak - small.before)
