@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.models.adapters import base_and_adapter
 from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models.generate import slots
+from tunesmith.models.generate import sampling, slots
 from tunesmith.models.generate.decode import generate, generate_ids, stream
 from tunesmith.models.generate.engine import Engine
 from tunesmith.models.generate.forward_passes import CHECKED_TOKENS, PlainPass, SlotPass
@@ -363,6 +363,21 @@ def test_prompts_wait_until_one_pass_serves_several() -> None:
               for number, (row, limit) in enumerate(zip(rows, limits, strict=True))]  # fmt: skip
     assert len(engine.answers(wanted)) == 31
     assert sizes[0] == 16 and sum(sizes) == 31 and min(sizes[1:-1]) == 2
+
+
+def test_rows_that_differ_in_length_and_seed_alone_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass over the logits of each step, and the tokens of each row alone."""
+    engine, draw, drawn = Engine(tiny_model("llama"), TOKENIZER), sampling.draw, []
+
+    def counted(logits: torch.Tensor, *given: Any, **named: Any) -> sampling.Drawn:
+        drawn.append(len(logits))
+        return draw(logits, *given, **named)
+
+    params = [SamplingParams(max_new_tokens=9 + seed, temperature=1.0, seed=seed, stop=NEVER) for seed in range(3)]
+    wanted = [Request(tuple(row), rule, number) for number, (row, rule) in enumerate(zip(prompts(3, 9, 4), params, strict=True))]
+    alone = [ids(engine, [request])[0] for request in wanted]
+    monkeypatch.setattr(sampling, "draw", counted)
+    assert ids(engine, wanted) == alone and drawn == [3] * 9 + [2, 1]
 
 
 def test_no_more_slots_are_made_than_there_are_rows() -> None:

@@ -203,7 +203,7 @@ class Engine:
         All are drawn before the first is added: if memory runs out, no row has a token.
         """
         taken: list[tuple[Row, list[tuple[int, float]], int, float, float]] = []
-        for params, members in _by_params(rows).items():
+        for params, members in _by_rule(rows).items():
             mine = [rows[index] for index in members]
             scores = logits if len(members) == len(rows) else logits[members]
             drawn = self._draw(mine, scores, params)
@@ -225,14 +225,14 @@ class Engine:
         return sampling.draw(scores, params, uniform, *before, stop=rows[0].stop)
 
 
-def _by_params(rows: Sequence[Row]) -> dict[SamplingParams, list[int]]:
+def _by_rule(rows: Sequence[Row]) -> dict[SamplingParams, list[int]]:
     """Group the rows that have the same sampling rule and stop tokens."""
     groups: dict[int, tuple[SamplingParams, list[int]]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(id(row.request.params), (row.request.params, []))[1].append(index)
     merged: dict[SamplingParams, list[int]] = {}
     for params, members in groups.values():
-        merged.setdefault(params, []).extend(members)
+        merged.setdefault(params.rule, []).extend(members)
     return merged
 
 

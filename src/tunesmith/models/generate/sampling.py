@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,6 +88,11 @@ class SamplingParams:
         for name, value, valid, expected in checks:
             if not valid:
                 raise SettingError(name, value, expected)
+
+    @cached_property
+    def rule(self) -> SamplingParams:
+        """The parameters that choose a token: equal for rows that differ in length, seed and stop strings alone."""
+        return replace(self, max_new_tokens=0, seed=0, stop_strings=())
 
     @property
     def reads_tokens(self) -> bool:
