@@ -49,3 +49,12 @@ def test_a_step_leaves_no_tensor_in_a_cycle(tmp_path: Path) -> None:
     finally:
         gc.enable()
     assert found[1:] == [[], [], []]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the high-water mark of the whole process")
+def test_the_peak_of_a_run_is_its_own_whatever_the_process_held_before(tmp_path: Path) -> None:
+    for name in ("imports", "measured"):
+        np.ones(300_000_000, np.uint8)
+        result = tunesmith.train(runs.recipe(tmp_path, adaptation="full", max_steps=1), out=tmp_path / name)
+    needed = 4 * 4 * result["total_parameters"]  # weights, gradients and the two states of AdamW
+    assert needed < result["peak_memory_bytes"] < 300_000_000

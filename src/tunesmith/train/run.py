@@ -120,6 +120,8 @@ def train(
             result = resumption.finished_result(run_folder, ready, started_with, step, progress)
             if result is not None:
                 return result if main else {}
+            kernels.return_freed_memory()  # of a run before this one, in the same process
+            machine.reset_peak_memory()
             memory_before_model = machine.peak_memory_bytes()
             memory_budget.check_weights(ready, memory_budget.limit_bytes(ready.device))
             if main:
