@@ -157,9 +157,7 @@ def test_the_first_thing_that_is_run_is_the_heaviest_micro_batch(packing, tmp_pa
 
 @pytest.mark.parametrize(("layout", "times_longer"), [(PADDED, 4), (PACKED, 1)])
 @pytest.mark.parametrize("missing", [0, 1])
-def test_a_micro_batch_is_not_tried_whose_upper_bound_is_a_third_of_the_free_memory(
-    missing, layout, times_longer, monkeypatch
-):
+def test_a_micro_batch_is_not_tried_whose_upper_bound_is_a_third_of_the_free_memory(missing, layout, times_longer, monkeypatch):
     """The short row: 10 tokens and 100 bytes, 20 of them gradients. The heaviest micro-batch: one row of 40 tokens."""
     sizes, tried = np.array([40, 10]), []
     data = Listed([{"input_ids": np.zeros(size, np.int32)} for size in sizes], ["long", "short"])

@@ -115,7 +115,11 @@ def _restrict(last: nn.Module, dtype: torch.dtype, fused: Fused) -> None:
 
 
 def _fused_forward(
-    module: nn.Module, dtype: torch.dtype, stack: bool, rejected: dict[str, str], checked: set[self_check.Structure]
+    module: nn.Module,
+    dtype: torch.dtype,
+    stack: bool,
+    rejected: dict[str, str],
+    checked: set[self_check.Structure],
 ) -> tuple[str, Forward] | None:
     """Return kind and fused forward of a module; None if it has none.
 

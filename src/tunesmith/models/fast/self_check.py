@@ -66,8 +66,12 @@ def structure(module: nn.Module) -> Structure:
     """Return the classes, settings and shapes of a module and of all modules in it. Its place in the network is none of them."""
     parts = []
     for name, part in module.named_modules():
-        settings = [(key, value) for key, value in vars(part).items() if isinstance(value, (bool, int, float, str))]
-        shapes = [(key, weight.shape, weight.requires_grad) for key, weight in part.named_parameters(recurse=False)]
+        settings = [
+            (key, value) for key, value in vars(part).items() if isinstance(value, (bool, int, float, str))
+        ]
+        shapes = [
+            (key, weight.shape, weight.requires_grad) for key, weight in part.named_parameters(recurse=False)
+        ]
         parts.append((name, type(part), *(one for one in settings if one[0] != "layer_idx"), *shapes))
     return tuple(parts)
 
