@@ -1,9 +1,10 @@
 """The engine of all sampling: a queue of prompts, and as many running rows as memory allows.
 
 A row that ends frees its slot, and prompts of the queue take free slots while the other rows run (continuous
-batching; Yu et al., OSDI 2022). Prompts run together without padding, so they wait until an eighth of the slots is free. Tokens of a prompt that a slot already
-holds are reused or copied, so several samples of one prompt, and the turns of a chat, share their prefix. A
-row's answer depends only on its prompt, sampling rule, seed and number, not on the other rows.
+batching; Yu et al., OSDI 2022). Prompts run together without padding, so they wait until an eighth of the slots is
+free. Tokens of a prompt that a slot already holds are reused or copied, so several samples of one prompt, and the
+turns of a chat, share their prefix. A row's answer depends only on its prompt, sampling rule, seed and number, not on
+the other rows.
 """
 
 from __future__ import annotations
