@@ -353,6 +353,7 @@ def render(found: dict[str, Any]) -> str:
     head = [
         "processor",
         "task",
+        "rows",
         "rows/s",
         "TRL's rows/s",
         "times",
