@@ -63,7 +63,7 @@ def why_not(
 
 
 def structure(module: nn.Module) -> Structure:
-    """Return the classes, settings and shapes of a module and of all modules in it. Its place in the network is none of them."""
+    """Return the classes, settings and shapes of a module and of all modules in it, without the number of its layer."""
     parts = []
     for name, part in module.named_modules():
         settings = [

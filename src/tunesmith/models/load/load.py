@@ -127,14 +127,14 @@ _built: set[tuple[Path, str, str]] = set()
 
 def _build(folder: Folder, config: PretrainedConfig, head: str) -> PreTrainedModel:
     """Return the network of ``config``. Raises ModelError if it is far larger than the weights in the folder."""
-    network = head_types.auto_class(head).from_config
+    network, stored = head_types.auto_class(head).from_config, config.to_json_string()
     model: PreTrainedModel = _call(folder.path, network, config, **_trust(folder))
     tensors, packed = (
         headers.read_tensors(folder.network).values(),
         has_attributes(config, "quantization_config"),
     )
     config_bounds.check_parameters(model.num_parameters(), tensors, packed, folder.network)
-    _built.add((folder.network, head, config.to_json_string()))
+    _built.add((folder.network, head, stored))
     return model
 
 
@@ -245,12 +245,12 @@ def _load_full(
     if quantized:  # from the checkpoint's dtype, so that the result does not depend on the compute dtype
         kwargs = {"dtype": checkpoint_dtype(path), **kwargs}
     options = {"dtype": dtype, **kwargs, **_trust(folder)}
-    config = load_config(folder)
-    if (path, head, config.to_json_string()) not in _built:
+    if (path, head, load_config(folder).to_json_string()) not in _built:
         with torch.device("meta"):  # transformers allocates a tensor of another shape before it refuses it
-            _build(folder, config, head)
+            _build(folder, load_config(folder), head)
     network, replaced, renamed = head_types.auto_class(head), False, {}
     if head != "lm":
+        config = load_config(folder)
         saved = head_loading.head_of_config(config)
         replaced = head_loading.is_other_head(saved, config, head, head_config)
         if head_config is not None:
