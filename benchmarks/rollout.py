@@ -76,7 +76,8 @@ class Pair:
         for _ in engine.run(requests):
             pass
         copies = 1 if weights == "int8" else 2
-        self.bytes_per_weight = copies if engine.slots._pass.packed_step.panels else self.model.dtype.itemsize
+        step = engine.slots._pass.packed_step  # None where nothing was decoded
+        self.bytes_per_weight = copies if step and step.panels else self.model.dtype.itemsize
         return engine.timing.prefill_seconds, engine.timing.decode_seconds
 
     def shares(self, rows: int, seconds: float) -> dict[str, float]:
