@@ -88,6 +88,14 @@ def test_context_is_never_lost_for_want_of_an_answer(tmp_path):
     assert one.prompt.messages[-1]["content"] == "which day?\n\nit was Monday"
 
 
+@pytest.mark.parametrize("trained_on", ["Chat", "Ranking", "Judged"])
+def test_a_plain_list_of_prompts_is_read_whatever_the_model_was_trained_on(trained_on, tmp_path):
+    """A file with one column ``prompt`` is no conversation; a chat model answers it all the same."""
+    found, _ = read_prompts(source(tmp_path, {"prompt": "Hi"}, {"prompt": "Bye"}), [trained_on])
+    asked = ["Hi", "Bye"] if trained_on == "Chat" else [Text("Hi"), Text("Bye")]
+    assert [one.prompt for one in found] == asked
+
+
 def test_a_response_is_a_reference_only_where_it_was_desirable(tmp_path):
     rows = [{"prompt": "Hi", "completion": " a", "label": True}, {"prompt": "Hi", "completion": " b", "label": False}]
     assert [one.reference for one in read_prompts(source(tmp_path, *rows))[0]] == [" a", None]

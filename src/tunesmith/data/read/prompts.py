@@ -205,7 +205,9 @@ def read_prompts(source: Source, trained_on: Sequence[str] = ()) -> tuple[list[A
 def _open(source: Source, preferred: tuple[type, ...]) -> OpenedSource:
     if preferred:
         try:
-            return open_source(source, preferred, prompts=True)
+            opened = open_source(source, preferred, prompts=True)
+            if opened.kinds <= {*preferred}:
+                return opened
         except DataError:  # rows of another type, such as a plain list of prompts
             pass
     return open_source(source, ROWS, prompts=True)
