@@ -562,9 +562,9 @@ FAULTS = [
     Fault(
         "layers-checked-by-class",
         "a layer with other settings than the one that was checked is checked, too",
-        "models/fast/fused_layers.py",
-        "structure = self_check.structure(module)",
-        "structure = (type(module),)",
+        "models/fast/self_check.py",
+        "key = _structure(module)",
+        "key = (type(module),)",
         "tests/models/test_self_check.py",
     ),
     Fault(

@@ -80,14 +80,14 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
     """
     fused = Fused()
     covered: set[nn.Module] = set()
-    checked: set[self_check.Structure] = set()
     weight = next((p for p in model.parameters() if p.dim() == 2 and p.is_floating_point()), None)
     dtype = weight.dtype if weight is not None and kernels.available(weight) else None
+    checks = None if dtype is None else self_check.Checks(dtype)
     for module in list(model.modules()):
         found = None
         inside = module in covered and type(module) is nn.Embedding  # the layer around it looks up the rows
-        if dtype is not None and not inside and type(module).__name__ not in fused.rejected:
-            found = _fused_forward(module, dtype, stack, fused.rejected, checked)
+        if checks is not None and not inside and type(module).__name__ not in fused.rejected:
+            found = _fused_forward(module, checks, stack, fused.rejected)
         if found is not None:
             covered.update(module.modules())
         elif module not in covered:
@@ -115,16 +115,11 @@ def _restrict(last: nn.Module, dtype: torch.dtype, fused: Fused) -> None:
 
 
 def _fused_forward(
-    module: nn.Module,
-    dtype: torch.dtype,
-    stack: bool,
-    rejected: dict[str, str],
-    checked: set[self_check.Structure],
+    module: nn.Module, checks: self_check.Checks, stack: bool, rejected: dict[str, str]
 ) -> tuple[str, Forward] | None:
     """Return kind and fused forward of a module; None if it has none.
 
-    The first module of a structure is checked, and then in ``checked``. A class whose fused forward differs or fails is
-    added to ``rejected``.
+    A class whose fused forward differs or fails is added to ``rejected``.
     """
     for kind, (make, arguments) in KINDS.items():
         if kind != "norm" and not stack and _trains_base_weights(module):
@@ -132,10 +127,8 @@ def _fused_forward(
         forward = make(module)
         if forward is None:
             continue
-        structure = self_check.structure(module)
-        found = None if structure in checked else self_check.why_not(module, forward, arguments, dtype)
+        found = checks.why_not(module, forward, arguments)
         if found is None:
-            checked.add(structure)
             return kind, forward
         rejected[type(module).__name__] = found
     return None

@@ -18,8 +18,6 @@ LayerKind: TypeAlias = tuple[
     Callable[[nn.Module], Forward | None], Callable[[nn.Module, torch.dtype], Arguments]
 ]
 """The function that makes a layer's forward (None for another kind), and arguments to check it with."""
-Structure: TypeAlias = tuple[object, ...]
-"""Everything about a layer but the numbers in its weights."""
 TOKENS = 8
 """Tokens of the random input."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -62,8 +60,31 @@ def why_not(
     return None if difference <= TOLERANCE[dtype] else f"it differed on random numbers by {difference:.1e}"
 
 
-def structure(module: nn.Module) -> Structure:
-    """Return the classes, settings and shapes of a module and of all modules in it, without the number of its layer."""
+class Checks:
+    """Checks of the layers of one network in ``dtype``: of each structure, one layer that agrees with its own forward."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._agreed: set[tuple[object, ...]] = set()
+
+    def why_not(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        make_arguments: Callable[[nn.Module, torch.dtype], Arguments],
+    ) -> str | None:
+        """Return :func:`why_not`; None without a check if a layer of the same structure agreed."""
+        key = _structure(module)
+        if key in self._agreed:
+            return None
+        found = why_not(module, forward, make_arguments, self.dtype)
+        if found is None:
+            self._agreed.add(key)
+        return found
+
+
+def _structure(module: nn.Module) -> tuple[object, ...]:
+    """Return everything about a module and all modules in it but the numbers in its weights and that of its layer."""
     parts = []
     for name, part in module.named_modules():
         settings = [

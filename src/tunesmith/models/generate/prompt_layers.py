@@ -28,21 +28,16 @@ Replaced: TypeAlias = Sequence[tuple[nn.Module, Forward]]
 def forwards(core: PreTrainedModel) -> Replaced:
     """Return the layers of ``core`` that have such a forward, in fp32 on a CPU.
 
-    The first layer of each class is compared with its own forward on random numbers: gemma's RMSNorm is another.
+    One layer of each structure is compared with its own forward on random numbers: gemma's RMSNorm is another.
     """
     weight = next(core.parameters())
     if core.dtype is not torch.float32 or not kernels.available(weight):
         return ()
     found: list[tuple[nn.Module, Forward]] = []
-    agrees: dict[type[nn.Module], bool] = {}
+    checks = self_check.Checks(weight.dtype)
     for module in core.modules():
         forward = _mlp(module) or _norm(module)
-        if forward is None:
-            continue
-        kind = type(module)
-        if kind not in agrees:
-            agrees[kind] = self_check.why_not(module, forward, self_check.random_input, weight.dtype) is None
-        if agrees[kind]:
+        if forward is not None and checks.why_not(module, forward, self_check.random_input) is None:
             found.append((module, forward))
     return found
 
