@@ -1,4 +1,4 @@
-"""Faster forwards for a model's layers, put on the loaded instances; each is checked before it is used.
+"""Faster forwards for a model's layers, put on the loaded instances; one of each structure is checked first.
 
 * every linear layer with a plain LoRA: one autograd function that saves only x and x A^T;
 * a linear layer with a bottleneck adapter: one product for both (fused_bottleneck.py);
