@@ -18,7 +18,8 @@ from tunesmith import machine
 from tunesmith.models.fast import kernels
 from tunesmith.models.generate import forward_passes, slot_cache
 from tunesmith.models.generate.decode_step import COPIED_SLOTS, KERNEL_ROWS, decode_step
-from tunesmith.models.generate.forward_passes import SlotPass
+from tunesmith.models.generate.forward_passes import PROMPT_TOKENS, SlotPass
+from tunesmith.models.generate.row_adapters import RowAdapters
 from tunesmith.models.generate.slot_cache import Piece, attend
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
@@ -185,6 +186,93 @@ def test_the_loras_of_the_rows_take_part(several: bool, dtype: torch.dtype | str
     run.cache.begin(pieces, core.device)
     bare = step(torch.tensor([piece.ids[0] for piece in pieces]), run.cache)
     assert float((bare - expected).abs().max() / expected.abs().max()) > 0.1
+
+
+PIECES = [
+    ((5, 0),),  # tokens of a piece, and those that its slot holds
+    ((2, 7), (1, 3), (3, 0)),
+    ((9, 12), (30, 2), (1, 0), (11, 20)),
+]
+
+
+@pytest.mark.parametrize("shapes", PIECES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("mistral", {"sliding_window": 6}), ("qwen3", {})])
+@torch.inference_mode()
+def test_pieces_of_prompts_are_those_of_the_forward_pass(
+    name: str, changes: dict[str, Any], dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]
+) -> None:
+    """Each token sees those before it in its piece and in its slot; logits are those of the last tokens."""
+    model = tiny_model(name, **changes).to(dtype)
+    run = filled(model, tuple(max(1, ahead) for _, ahead in shapes))
+    assert run.step is not None
+    drawn = torch.Generator().manual_seed(2)
+    pieces = [
+        Piece(torch.randint(5, 500, (tokens,), generator=drawn).tolist(), slot + 1, ahead)
+        for slot, (tokens, ahead) in enumerate(shapes)
+    ]
+    run.cache.begin(pieces, model.device)
+    expected = run._forward(pieces)
+    wanted = [x.clone() for x in (*run.cache.keys, *run.cache.values)]
+    for layer in (*run.cache.keys, *run.cache.values):
+        layer[run.cache.slot_of_token, :, run.cache.place_of_token] = 0
+    ends = torch.tensor([len(piece.ids) for piece in pieces]).cumsum(0) - 1
+    logits = run.step(torch.tensor([token for piece in pieces for token in piece.ids]), run.cache, last=ends)
+    limit = 1e-5 if dtype is torch.float32 else 3e-2
+    assert logits.shape == expected.shape and forward_passes.difference(logits, expected) < limit
+    for ours, theirs in zip((*run.cache.keys, *run.cache.values), wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=limit, rtol=limit, equal_nan=True)
+
+
+@pytest.mark.parametrize("names", [("one", "one"), ("one", "two"), (None, "two")])
+@torch.inference_mode()
+def test_pieces_of_several_adapters(names: tuple[str | None, str | None]) -> None:
+    """Each token of a piece keeps the ranks of its own adapter; without a step in C, the pieces run in turns."""
+    with torch.inference_mode(False):
+        config = LoraConfig(r=3, lora_alpha=48, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(tiny_model("llama"), config, "one")
+        model.add_adapter("two", config)
+        run = filled(model.eval().get_base_model(), (4, 9))
+    pieces = [Piece([7, 8, 9, 10], 1, 4, names[0]), Piece([11, 12], 2, 9, names[1])]
+    found = run(pieces)
+    assert run.step is not None and run.checked_steps
+    assert forward_passes.difference(found, run._in_turns(pieces)) < 1e-5
+    others = [replace(piece, adapter=None if piece.adapter else "one") for piece in pieces]
+    assert forward_passes.difference(run(others), found) > 0.1
+
+
+@torch.inference_mode()
+def test_a_pass_over_many_tokens_of_prompts_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    run, own = SlotPass(model), []
+    run.resize(1, 3 * PROMPT_TOKENS)
+    forward = run._forward
+    monkeypatch.setattr(run, "_forward", lambda pieces: own.append(pieces[0].end) or forward(pieces))
+    run.is_checked = True  # as in choose_pass: nothing else calls the model's own forward
+    ids = [5 + place % 400 for place in range(3 * PROMPT_TOKENS)]
+    for end, ahead in (
+        (4, 0),
+        (PROMPT_TOKENS, 4),
+        (2 * PROMPT_TOKENS, PROMPT_TOKENS),
+        (3 * PROMPT_TOKENS - 1, 2 * PROMPT_TOKENS),
+    ):
+        last = run([Piece(ids[ahead:end], 0, ahead)])
+    assert own == [4]
+    over = run([Piece(ids[: PROMPT_TOKENS + 1], 0, 0)])
+    assert own == [4, PROMPT_TOKENS + 1]
+    expected = model(torch.tensor([ids])).logits[0].float()
+    assert torch.allclose(last[0], expected[3 * PROMPT_TOKENS - 2], atol=1e-4)
+    assert torch.allclose(over[0], expected[PROMPT_TOKENS], atol=1e-4)
+
+
+def test_a_step_that_fails_the_check_of_a_new_engine_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, notes = tiny_model("llama"), list[str]()
+    right = decode_step(model)
+    assert right is not None
+    monkeypatch.setattr(forward_passes, "decode_step", lambda core: replace(right, scale=3 * right.scale))
+    chosen = forward_passes.choose_pass(model, RowAdapters(model), range(5, 40), notes.append)
+    assert isinstance(chosen, SlotPass) and chosen.step is None
+    assert len(notes) == 1 and "without the C step: its logits differ by" in notes[0]
 
 
 def test_other_structures_keep_their_own_forward() -> None:

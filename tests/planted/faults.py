@@ -65,6 +65,22 @@ FAULTS = [
         "tests/models/test_kernels.py -k attention_by_segments",
     ),
     Fault(
+        "logits-of-the-first-tokens",
+        "a pass over several prompts returns the logits after the last token of each",
+        "models/fast/kernels_decode.c",
+        "residual[f * wide + last[r]]",
+        "residual[f * wide + r]",
+        "tests/models/test_decode_step.py -k pieces",
+    ),
+    Fault(
+        "ranks-of-a-piece-for-its-tokens",
+        "each token of a prompt keeps the ranks of its own adapter",
+        "models/generate/forward_passes.py",
+        "for adapter, piece in zip(adapters, pieces, strict=True) for _ in piece.ids]",
+        "for adapter, piece in zip(adapters[::-1], pieces, strict=True) for _ in piece.ids]",
+        "tests/models/test_decode_step.py -k several_adapters",
+    ),
+    Fault(
         "noise-shared-by-lanes",
         "the random numbers of a row do not depend on what runs at the same time",
         "models/heads/noise.py",

@@ -1,12 +1,13 @@
-/* One decoding step: one new token of each running row. Included by kernels.c, once for each type of weights.
+/* One decoding step: one new token of each running row, or some tokens of each: a short piece of a prompt. Each token is
+ * a row of the step. Included by kernels.c, once for each type of weights.
  *
  * Between the products, activations are fp32. All threads run through the layers together and wait for one another
- * four times a layer; a starting thread costs more than such a wait. Each thread computes its part of the outputs of
+ * five times a layer; a starting thread costs more than such a wait. Each thread computes its part of the outputs of
  * a product, and the norms for itself, which is cheaper than to share them.
  */
 #ifndef T
 /* Sizes of the network and of its cache, in the order in which decode_step.py passes them. */
-typedef struct { i64 rows, layers, hidden, heads, kv_heads, dim, inner, vocabulary, capacity, window, rank; } Sizes;
+typedef struct { i64 rows, layers, hidden, heads, kv_heads, dim, inner, vocabulary, capacity, window, rank, read; } Sizes;
 /* The factors of the LoRAs on one product, A (rank, in) and B (out, rank) with their scaling; 0 without any. */
 typedef struct { const void *a, *b; } Lora;
 enum { ON_Q, ON_K, ON_V, ON_O, ON_GATE, ON_UP, ON_DOWN, PRODUCTS };
@@ -25,7 +26,7 @@ typedef struct { i64 arrived, round, next[]; } Meeting;
 /* What a thread needs to know. Activations are (features, wide), a row a column. */
 typedef struct {
     const Sizes *n;
-    i64 wide, outputs, thread, threads; /* outputs of a product at a time */
+    i64 rows, wide, outputs, thread, threads; /* outputs of a product at a time */
     float *x, *qkv, *chunk, *scores;
     void *normed, *mixed, *product, *low; /* inputs of products, of type A; low: A x of up to three LoRAs */
     const float *keep, *cosine, *sine; /* keep (rank, wide): 1 for the ranks of a row's own adapter, else 0; or absent */
@@ -212,25 +213,32 @@ static inline i64 F(slot_of)(const Step *s, i64 task) {
     return (s->slots[task / s->n->kv_heads] * s->n->kv_heads + task % s->n->kv_heads) * s->n->capacity;
 }
 
-/* Attention of one row and one key head: rotate, store key and value, attend, and store the result as inputs. */
+/* Rotate and store the key, and store the value, of one row and one key head. */
+static void F(store_row)(const Step *s, const Layer *layer, i64 task) {
+    const Sizes *n = s->n;
+    i64 row = task / n->kv_heads, head = task % n->kv_heads, dim = n->dim, at = (F(slot_of)(s, task) + s->places[row]) * dim;
+    float key[dim];
+    T *keys = layer->keys, *values = layer->values;
+    EACH(i, dim) key[i] = s->qkv[((n->heads + head) * dim + i) * s->wide + row];
+    EACH(i, dim) values[at + i] = PUT(s->qkv[((n->heads + n->kv_heads + head) * dim + i) * s->wide + row]);
+    if (layer->k_norm) F(norm_head)(key, layer->k_norm, dim, s->epsilon);
+    F(rotate)(key, s->cosine + row * dim, s->sine + row * dim, dim);
+    EACH(i, dim) keys[at + i] = PUT(key[i]);
+}
+
+/* Attention of one row and one key head to the tokens of its slot; the result is stored as inputs. */
 static void F(attend_row)(const Step *s, const Layer *layer, i64 task) {
     const Sizes *n = s->n;
     i64 row = task / n->kv_heads, head = task % n->kv_heads, then = task + s->threads;
-    i64 dim = n->dim, group = n->heads / n->kv_heads, wide = s->wide, place = s->places[row], seen = place + 1;
+    i64 dim = n->dim, group = n->heads / n->kv_heads, wide = s->wide, seen = s->places[row] + 1;
     i64 first = n->window > 0 && seen > n->window ? seen - n->window : 0;
     i64 slot = F(slot_of)(s, task), next = then < n->rows * n->kv_heads ? (F(slot_of)(s, then) - slot) * dim : 0;
-    const float *c = s->cosine + row * dim, *sine = s->sine + row * dim;
-    float heads[group * dim], key[dim];
+    float heads[group * dim];
     A query[group * dim];
-    T *keys = layer->keys, *values = layer->values;
+    const T *keys = layer->keys, *values = layer->values;
     EACH(i, group * dim) heads[i] = s->qkv[(head * group * dim + i) * wide + row];
-    EACH(i, dim) key[i] = s->qkv[((n->heads + head) * dim + i) * wide + row];
-    EACH(i, dim) values[(slot + place) * dim + i] = PUT(s->qkv[((n->heads + n->kv_heads + head) * dim + i) * wide + row]);
     if (layer->q_norm) EACH(g, group) F(norm_head)(heads + g * dim, layer->q_norm, dim, s->epsilon);
-    if (layer->k_norm) F(norm_head)(key, layer->k_norm, dim, s->epsilon);
-    EACH(g, group) F(rotate)(heads + g * dim, c, sine, dim);
-    F(rotate)(key, c, sine, dim);
-    EACH(i, dim) keys[(slot + place) * dim + i] = PUT(key[i]);
+    EACH(g, group) F(rotate)(heads + g * dim, s->cosine + row * dim, s->sine + row * dim, dim);
     EACH(i, group * dim) query[i] = A_PUT(heads[i]);
     FT(attend_head)(query, keys + (slot + first) * dim, values + (slot + first) * dim, heads, s->scores, group, seen - first,
                    dim, dim, s->scale, 0.0f, next);
@@ -266,6 +274,8 @@ static void F(run_layer)(const Step *s, const Layer *layer, i64 *next) {
     F(project)(s, layer->k, layer->k_bias, loras + ON_K, 1, s->normed, hidden, kv_width, k, 0);
     F(project)(s, layer->v, layer->v_bias, loras + ON_V, 2, s->normed, hidden, kv_width, v, 0);
     wait_for_all(s);
+    for (i64 task = s->thread; task < n->rows * n->kv_heads; task += s->threads) F(store_row)(s, layer, task);
+    wait_for_all(s);
     for (i64 task; (task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < n->rows * n->kv_heads;)
         F(attend_row)(s, layer, task);
     wait_for_all(s);
@@ -281,39 +291,48 @@ static void F(run_layer)(const Step *s, const Layer *layer, i64 *next) {
     wait_for_all(s);
 }
 
-/* This thread's part of logits (rows, vocabulary) = head (vocabulary, hidden) x. */
+/* This thread's part of logits (rows, vocabulary) = head (vocabulary, hidden) x of the rows of `s`. */
 static void F(project_to_logits)(const Step *s, const W *head, float *logits) {
     i64 first, end, wide = s->wide, hidden = s->n->hidden, vocabulary = s->n->vocabulary;
     own_part(s, vocabulary, UNIT, &first, &end);
     for (i64 at = first; at < end; at += s->outputs) {
         i64 count = end - at < s->outputs ? end - at : s->outputs;
         F(dots)(head + at * LINE(hidden), hidden, count, s->normed, wide, s->chunk);
-        swap_axes(s->chunk, wide, logits + at, vocabulary, count, s->n->rows);
+        swap_axes(s->chunk, wide, logits + at, vocabulary, count, s->rows);
     }
 }
 
-/* The step of a llama: x (rows, hidden) holds the embeddings; logits (rows, vocabulary). keep (rows, rank): 1 for the
- * ranks of a row's own adapter, else 0; absent if all are 1. Returns 1 if memory is short. */
+/* The step of a llama: x (rows, hidden) holds the embeddings; logits (read, vocabulary) of the `read` rows of `last`. A row
+ * sees the rows of its slot at smaller places. keep (rows, rank): 1 for the ranks of a row's own adapter, else 0; absent
+ * if all are 1. Returns 1 if memory is short. */
 i64 F(decode_step)(const float *x, const Layer *layers, const Sizes *n, const T *norm, const W *head, const float *cosine,
-                   const float *sine, const i64 *slots, const i64 *places, const float *keep, float *logits,
+                   const float *sine, const i64 *slots, const i64 *places, const i64 *last, const float *keep, float *logits,
                    float epsilon, float scale) {
     i64 wide = WIDE(n->rows), hidden = n->hidden, width = (n->heads + 2 * n->kv_heads) * n->dim;
-    i64 outputs = OUTPUTS(wide);
-    i64 shared = (hidden + width + n->heads * n->dim + n->inner + 4 * n->rank) * wide;
-    i64 own = round_up_16((hidden + 3 * outputs) * wide + n->heads / n->kv_heads * n->capacity), threads = omp_get_max_threads();
+    i64 outputs = OUTPUTS(wide), wide_read = WIDE(n->read), outputs_read = OUTPUTS(wide_read);
+    i64 chunk_size = outputs * wide > outputs_read * wide_read ? outputs * wide : outputs_read * wide_read;
+    i64 shared = (hidden + width + n->heads * n->dim + n->inner + 4 * n->rank) * wide + hidden * wide_read;
+    i64 own = round_up_16(hidden * wide + 3 * chunk_size + n->heads / n->kv_heads * n->capacity), threads = omp_get_max_threads();
     float *space = calloc((size_t)(shared + threads * own + 16), sizeof(float));
     Meeting *meeting = calloc(1, sizeof(Meeting) + sizeof(i64) * (size_t)n->layers);
     if (!space || !meeting) { free(space); free(meeting); return 1; }
     float *residual = space, *qkv = residual + hidden * wide, *mixed = qkv + width * wide, *product = mixed + n->heads * n->dim * wide;
     float *low = product + n->inner * wide, *kept = keep ? low + 3 * n->rank * wide : 0;
+    float *x_read = low + 4 * n->rank * wide;
     if (keep) swap_axes(keep, n->rank, kept, wide, n->rows, n->rank);
     swap_axes(x, hidden, residual, wide, n->rows, hidden);
     PRAGMA(omp parallel num_threads(threads))
     {
         float *mine = space + round_up_16(shared) + omp_get_thread_num() * own, *chunk = mine + hidden * wide;
-        Step step = {n, wide, outputs, omp_get_thread_num(), omp_get_num_threads(), residual, qkv, chunk, chunk + 3 * outputs * wide,
-                     mine, mixed, product, low, kept, cosine, sine, slots, places, epsilon, scale, meeting};
+        Step step = {n, n->rows, wide, outputs, omp_get_thread_num(), omp_get_num_threads(), residual, qkv, chunk,
+                     chunk + 3 * chunk_size, mine, mixed, product, low, kept, cosine, sine, slots, places, epsilon, scale, meeting};
         EACH(l, n->layers) F(run_layer)(&step, layers + l, meeting->next + l);
+        if (n->read < n->rows) {
+            for (i64 f = step.thread; f < hidden; f += step.threads)
+                EACH(r, n->read) x_read[f * wide_read + r] = residual[f * wide + last[r]];
+            wait_for_all(&step);
+            step.x = x_read, step.rows = n->read, step.wide = wide_read, step.outputs = outputs_read;
+        }
         F(norm_rows)(&step, norm, step.normed);
         F(project_to_logits)(&step, head, logits);
     }

@@ -107,11 +107,17 @@ class DecodeStep:
         return replace(self, panels=panels, weights="int8") if panels else self
 
     def __call__(
-        self, ids: Tensor, cache: SlotCache, loras: LoraStack | None = None, keep: Tensor | None = None
+        self,
+        ids: Tensor,
+        cache: SlotCache,
+        loras: LoraStack | None = None,
+        keep: Tensor | None = None,
+        last: Tensor | None = None,
     ) -> Tensor:
-        """Run one token of each row, ``ids`` (rows,), and return the logits, fp32 (rows, vocabulary).
+        """Run the tokens ``ids`` (tokens,) of a pass that ``cache`` has begun; return logits, fp32 (read, vocabulary).
 
-        ``keep``: the ranks of ``loras`` that each row keeps, fp32 (rows, ranks); None = all.
+        ``last``: the tokens whose logits are read, (read,) in ascending order; None = all. ``keep``: the ranks of
+        ``loras`` that each token keeps, fp32 (tokens, ranks); None = all.
         """
         body = self.core.base_model
         x: Tensor = body.embed_tokens(ids)
@@ -120,11 +126,12 @@ class DecodeStep:
         pointers = self._pointers(cache, loras)
         gate = self.layers[0][-3]
         assert gate is not None
+        read = len(ids) if last is None else len(last)
         sizes = np.array((
             len(ids), len(self.layers), x.shape[1], self.heads, self.kv_heads, self.dim, gate.shape[0],
-            self.head.shape[0], cache.capacity, self.window, 0 if loras is None else sum(loras.ranks),
+            self.head.shape[0], cache.capacity, self.window, 0 if loras is None else sum(loras.ranks), read,
         ))  # fmt: skip
-        logits = torch.empty(len(ids), self.head.shape[0])
+        logits = torch.empty(read, self.head.shape[0])
         tables = [table[0].float().contiguous() for table in (cosine, sine)]
         arrays = pointers.ctypes.data, sizes.ctypes.data
         places = cache.slot_of_token, cache.place_of_token
@@ -134,7 +141,7 @@ class DecodeStep:
         head = self.panels.get(id(self.head), self.head)
         kernels.call_in_memory(
             name, dtype, x, *arrays, self.norm, head, *tables, *places,
-            0 if keep is None else keep, logits, self.epsilon, self.scale,
+            0 if last is None else last, 0 if keep is None else keep, logits, self.epsilon, self.scale,
         )  # fmt: skip
         return logits
 

@@ -31,6 +31,8 @@ from tunesmith.models.generate.slot_cache import CannotUseSlots, Piece, SlotCach
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PROMPT_TOKENS = 128
+"""With more tokens, a pass over prompts is the model's own forward, whose products are faster than those of the C step."""
 CHECKED_TOKENS = 24
 """Tokens of a prompt on which attention over slots is compared with the model's own."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -83,9 +85,11 @@ class SlotPass:
         """Layers that passes over prompts compute in C, with their forwards."""
         self.packed_step: DecodeStep | None = None
         """The step with copies of the weights as they are now: in bf16 where these lose nothing, or in int8."""
-        self.checked_steps = set[tuple[int, bool, bool, bool]]()
-        """The kinds of C steps that were compared with the model's own forward: number of rows (its place in
-        ``KERNEL_ROWS``), LoRAs, several of them, copies of the weights."""
+        self.checked_steps = set[tuple[int, bool, bool, bool, bool]]()
+        """The kinds of C steps that were compared with the model's own forward: number of tokens (its place in
+        ``KERNEL_ROWS``), several tokens of a row, LoRAs, several of them, copies of the weights."""
+        self.is_checked = False
+        """The caller compares what the pass returns: a new kind of C step is not compared here."""
         self.stack_checked = False
         self.can_stack = True
 
@@ -102,10 +106,11 @@ class SlotPass:
         if self.cache.virtual and not self.has_virtual_tokens:
             self._begin_slots()
         self.cache.begin(pieces, self.core.device)
-        # the last token of a prompt, alone, is computed as the rest of the prompt: without copies of the weights
-        if self.step is not None and self.cache.keys and all(piece.drawn for piece in pieces):
+        drawn = all(piece.drawn for piece in pieces)
+        few = sum(len(piece.ids) for piece in pieces) <= PROMPT_TOKENS
+        if self.step is not None and self.cache.keys and (drawn or few):
             try:
-                return self._decode(self.step, pieces)
+                return self._run_step(self.step, pieces, drawn)
             except CannotStack:
                 self.step = None
         return self._forward_of_adapters(pieces)
@@ -161,28 +166,33 @@ class SlotPass:
             self.cache.copy_prefix(0, slot, 0)
         self.has_virtual_tokens = True
 
-    def _decode(self, step: DecodeStep, pieces: Sequence[Piece]) -> Tensor:
+    def _run_step(self, step: DecodeStep, pieces: Sequence[Piece], drawn: bool) -> Tensor:
         """Run the step in C. Raises CannotStack.
 
-        The first result of a kind of step is compared with the model's own forward. If they differ, the step is
-        not used again. Otherwise the step's result is returned, so that an answer does not depend on whether the
-        engine had run before.
+        Only tokens that were drawn are computed with copies of the weights: those of a prompt never depend on whether the
+        engine has decoded before. The first result of a kind of step is compared with the model's own forward. If they
+        differ, the step is not used again. Otherwise the step's result is returned, for the same reason.
         """
         adapters = [self.adapters.active if piece.adapter == ACTIVE else piece.adapter for piece in pieces]
         loras = self.adapters.stack(adapters) if self.adapters.layers else None
-        keep = loras.keep(adapters) if loras and len({*adapters, *loras.names}) > 1 else None
-        self.packed_step = step = self.packed_step or self._packed(step)
-        size = bisect.bisect_left(KERNEL_ROWS, len(pieces))
-        kind = size, loras is not None, keep is not None, bool(step.panels)
-        is_new = kind not in self.checked_steps
+        several = loras is not None and len({*adapters, *loras.names}) > 1
+        of_token = [adapter for adapter, piece in zip(adapters, pieces, strict=True) for _ in piece.ids]
+        keep = loras.keep(of_token) if loras and several else None
+        if drawn:
+            self.packed_step = step = self.packed_step or self._packed(step)
+        tokens = [token for piece in pieces for token in piece.ids]
+        size, is_piece = bisect.bisect_left(KERNEL_ROWS, len(tokens)), len(tokens) > len(pieces)
+        kind = size, is_piece, loras is not None, several, bool(step.panels)
+        is_new = kind not in self.checked_steps and not self.is_checked
         with int8_forward(step.linears if is_new and step.weights == "int8" else ()):
             expected = self._forward_of_adapters(pieces) if is_new else None
-        logits = step(torch.tensor([piece.ids[0] for piece in pieces]), self.cache, loras, keep)
+        last = torch.tensor([len(piece.ids) for piece in pieces]).cumsum(0) - 1
+        logits = step(torch.tensor(tokens), self.cache, loras, keep, last)
         self.checked_steps.add(kind)
         if expected is None or (off := difference(logits, expected)) <= TOLERANCE[self.core.dtype]:
             return logits
         self.step = self.packed_step = None
-        self.note(f"decoding without the C step: its logits differ by {off:.1e}")
+        self.note(f"generating without the C step: its logits differ by {off:.1e}")
         return self._forward_of_adapters(pieces)  # again, because the step has written into the cache
 
     def _packed(self, step: DecodeStep) -> DecodeStep:
@@ -315,10 +325,10 @@ def choose_pass(
 ) -> ForwardPass:
     """Return the fastest pass that is exact for ``core``. Call ``note`` if it is a slower one.
 
-    Each pass is checked on a start of ``prompt`` and on the first half of this start, which run side by side. The
-    pass runs all tokens but the last, then the last. The model's own forward runs the longer start as a whole. Both
-    must agree on the logits after the last token of each. The C step is not part of this: ``SlotPass`` compares it when
-    it first decodes. Raises ModelError if the model's own forward fails.
+    Each pass is checked on a start of ``prompt`` and on the first half of this start, which run side by side, in two
+    pieces. The model's own forward runs the longer start as a whole. Both must agree on the logits after the last token of
+    each. In a ``SlotPass`` with a step in C, that step computes the second pieces; if it fails, the pass goes on without
+    it. Raises ModelError if the model's own forward fails.
     """
     start = list(prompt[:CHECKED_TOKENS])
     starts = [start, start[: len(start) // 2 + 1]]
@@ -331,6 +341,11 @@ def choose_pass(
     tolerance = TOLERANCE[core.dtype]
     slots = SlotPass(core, note, adapters, decode_weights)
     reason = _why_not(slots, starts, expected, tolerance)
+    if reason is not None and slots.step is not None:
+        failed, slots.step = reason, None
+        reason = _why_not(slots, starts, expected, tolerance)
+        if reason is None:
+            note(f"generating without the C step: {failed}")
     if reason is None:
         return slots
     plain = PlainPass(core, adapters)
@@ -347,18 +362,25 @@ def _why_not(
 ) -> str | None:
     """Return why ``run`` does not continue the starts as ``expected``, None if it does.
 
-    ``run`` is left empty.
+    The first piece of each start is computed by the model's own forward, because the cache is empty. The second is one
+    token, or, for a step in C, half of the start. ``run`` is left empty.
     """
     run.resize(len(starts), CHECKED_TOKENS)
+    in_c = isinstance(run, SlotPass) and run.step is not None
+    ends = [len(ids) // 2 if in_c else len(ids) - 1 for ids in starts]
     try:
-        first = [Piece(ids[:-1], slot, 0) for slot, ids in enumerate(starts) if len(ids) > 1]
+        if isinstance(run, SlotPass):
+            run.is_checked = True
+        first = [Piece(ids[:end], slot, 0) for slot, (ids, end) in enumerate(zip(starts, ends)) if end]
         if first:
             run(first)
-        got = run([Piece(ids[-1:], slot, len(ids) - 1) for slot, ids in enumerate(starts)])
+        got = run([Piece(ids[end:], slot, end) for slot, (ids, end) in enumerate(zip(starts, ends))])
     except FAILURES as error:
         return first_line(error)
     finally:
         run.resize(0, 0)
+        if isinstance(run, SlotPass):
+            run.is_checked = False
     off = difference(got, expected)
     return None if off <= tolerance else f"its logits differ by {off:.1e}"
 
