@@ -11,7 +11,7 @@ one counts. A run of one new token is prefill; decoding is a run of 49 tokens le
 ``ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2`` and ``--precision fp32``.
 
 ``--rows``: rows at once. ``--samples``: 8 answers to one prompt of 400 tokens, in one engine with a shared prefill and as 8 prompts of their own.
-``--sampling``: decoding of 64 rows by sampling rule. ``--prefill``: prompts of 512 tokens, next to the matrix products alone. ``--first-token``: of a
+``--sampling``: decoding of 64 rows by sampling rule. ``--prefill``: prompts of 512 tokens, next to the matrix products alone, and of each peer. ``--first-token``: of a
 prompt of 2,000 tokens. ``--queue``: prompts with 8 to 400 new tokens in 32 slots, next to transformers' batches of 32 in the order of length, which
 no one can know before; half of them run before, half after. ``--memory``: peak of a process that loads the model and answers 64 prompts, with
 int8 weights, too. ``--int8``: decoding with int8 weights, too. ``--peer``: another engine of
@@ -180,8 +180,7 @@ def sampling(pair: Pair, repeats: int) -> dict[str, float]:
 
 def prefill(pair: Pair, repeats: int) -> dict[str, Any]:
     """8 prompts of 512 tokens, next to transformers' (all or half of them in a batch) and to the products of a pass alone."""
-    tokens = [token for row in pair.prompts(200) for token in row]
-    prompts = [tokens[512 * row : 512 * (row + 1)] for row in range(8)]
+    prompts = long_prompts(pair)
     times: dict[str, list[float]] = {"engine": [], "8 rows": [], "4 rows": [], "products": []}
     for _ in range(repeats):
         times["engine"].append(pair.engine(requests(prompts, [1] * 8), 8)[0])
@@ -196,6 +195,12 @@ def prefill(pair: Pair, repeats: int) -> dict[str, Any]:
         "ratio": round(theirs / best["engine"], 2),
         "share_of_matmul_rate": round(best["products"] / best["engine"], 2),
     }
+
+
+def long_prompts(pair: Pair) -> list[list[int]]:
+    """8 prompts of 512 tokens."""
+    tokens = [token for row in pair.prompts(200) for token in row]
+    return [tokens[512 * row : 512 * (row + 1)] for row in range(8)]
 
 
 def products(pair: Pair, tokens: int) -> float:
@@ -252,15 +257,17 @@ def queue(pair: Pair, count: int) -> dict[str, Any]:
     }
 
 
-def in_its_own_process(pair: Pair, name: str, python: str, model: str, rows: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Run one engine of ``rollout_peers.py``; where that fails, return why."""
+def in_its_own_process(
+    pair: Pair, name: str, python: str, model: str, rows: Sequence[int], repeats: int, long: bool = False
+) -> dict[str, Any]:
+    """Run one engine of ``rollout_peers.py``; where that fails, return why. ``long``: the prompts of 512 tokens, too."""
     job = {
         "model": model,
         "dtype": str(pair.stock.dtype).removeprefix("torch."),
         "tokens": TOKENS,
         "threads": torch.get_num_threads(),
         "repeats": repeats,
-        "cases": [pair.prompts(count) for count in rows],
+        "cases": [pair.prompts(count) for count in rows] + ([long_prompts(pair)] if long else []),
     }
     command = [python, str(Path(__file__).with_name("rollout_peers.py")), name]
     ended = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
@@ -270,6 +277,7 @@ def in_its_own_process(pair: Pair, name: str, python: str, model: str, rows: Seq
     cases = [
         {
             "rows": case["rows"],
+            "prompt_tokens": sum(map(len, prompts)),
             "decode_tokens_per_second": round(case["rows"] * TOKENS / case["decode_seconds"], 1),
             "prefill_tokens_per_second": round(sum(map(len, prompts)) / case["prefill_seconds"], 1),
         }
@@ -308,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engines = ("tunesmith", "tunesmith int8", "transformers")
         add("memory", {name: in_its_own_process(pair, name, sys.executable, folder, [64], 1) for name in engines})
     for name, python, model in options.peer:
-        add(name, in_its_own_process(pair, name, python, model, rows, options.repeats))
+        add(name, in_its_own_process(pair, name, python, model, rows, options.repeats, options.prefill))
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:

@@ -23,8 +23,8 @@ from tunesmith.models.network import context_window
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PREFILL_TOKENS = 2048
-"""Tokens of prompts in one forward pass."""
+PREFILL_TOKENS = 1024
+"""Tokens of prompts in one forward pass: with twice as many, products are no faster, and activations take twice the memory."""
 RETURN_TOKENS = 256
 """After as many tokens of prompts, which take about a second, the memory of their activations is returned."""
 MEMORY_SHARE = 0.5
