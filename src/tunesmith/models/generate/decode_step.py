@@ -1,4 +1,4 @@
-"""One decoding step of a llama as one call of C, for any number of rows.
+"""One decoding step of a llama, or a short piece of a prompt, as one call of C, for any number of rows.
 
 Eager torch runs about forty operations a layer in a step. With few rows, starting them takes longer than the
 arithmetic. With many, torch copies and converts between the products as long as it multiplies.
