@@ -5,6 +5,7 @@ Linux's /proc is read directly; psutil, which comes with accelerate, is used els
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import platform
@@ -199,6 +200,7 @@ def _max_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@functools.cache
 def _cpu() -> tuple[str, set[str]]:
     """Return (model name, instruction set flags)."""
     if sys.platform == "linux":
@@ -247,6 +249,7 @@ def _gpus() -> list[dict[str, str | int | None]]:
     return []
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

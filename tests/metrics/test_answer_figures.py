@@ -79,7 +79,7 @@ def test_the_worst_answers_are_kept_in_the_order_of_their_overlap():
 
 
 def test_the_text_of_answers_is_not_kept():
-    """2,000 long answers need no more memory than their terms, the hashes of their n-grams, and one block."""
+    """700 long answers need no more memory than their terms, the hashes of their n-grams, and one block."""
     text = " ".join(f"w{number}" for number in range(200))
 
     def peak(count):
@@ -94,7 +94,7 @@ def test_the_text_of_answers_is_not_kept():
         tracemalloc.stop()
         return found
 
-    assert peak(2000) < peak(200) + 1800 * 600, "the texts of an answer and its prompt alone have 1,700 characters"
+    assert peak(700) < peak(100) + 600 * 600, "the texts of an answer and its prompt alone have 1,700 characters"
 
 
 def test_a_bootstrap_of_many_rows_needs_no_more_memory_than_one_of_few():

@@ -119,7 +119,7 @@ def drawn_rows(count):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_intervals_of_every_figure_are_those_of_a_direct_bootstrap(name, monkeypatch):
     """The figures are computed again, by the code of the metrics, from the rows of each draw."""
-    monkeypatch.setattr(comparison, "DRAWS", 200)
+    monkeypatch.setattr(comparison, "DRAWS", 80)
     problem, (scores, targets, names), count = PROBLEMS[name], of_problem(name, 5), 60
     places, losses = [(0, row) for row in range(count)], np.ones(count)
     again = scores[:, ::-1] if name != "regression" else scores + np.random.default_rng(1).normal(0, 2, scores.shape)
