@@ -339,17 +339,20 @@ def choose_pass(
             f"{type(core).__name__} cannot continue a text: its own forward failed ({first_line(error)})."
         ) from error
     tolerance = TOLERANCE[core.dtype]
+    halves, last_token = [len(ids) // 2 for ids in starts], [len(ids) - 1 for ids in starts]
     slots = SlotPass(core, note, adapters, decode_weights)
-    reason = _why_not(slots, starts, expected, tolerance)
+    slots.is_checked = True
+    reason = _why_not(slots, starts, halves if slots.step else last_token, expected, tolerance)
     if reason is not None and slots.step is not None:
         failed, slots.step = reason, None
-        reason = _why_not(slots, starts, expected, tolerance)
+        reason = _why_not(slots, starts, last_token, expected, tolerance)
         if reason is None:
             note(f"generating without the C step: {failed}")
+    slots.is_checked = False
     if reason is None:
         return slots
     plain = PlainPass(core, adapters)
-    broken = _why_not(plain, starts, expected, tolerance)
+    broken = _why_not(plain, starts, last_token, expected, tolerance)
     if broken is None:
         note(f"generating row by row: {reason}")
         return plain
@@ -358,29 +361,28 @@ def choose_pass(
 
 
 def _why_not(
-    run: ForwardPass, starts: Sequence[Sequence[int]], expected: Tensor, tolerance: float
+    run: ForwardPass,
+    starts: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    expected: Tensor,
+    tolerance: float,
 ) -> str | None:
     """Return why ``run`` does not continue the starts as ``expected``, None if it does.
 
-    The first piece of each start is computed by the model's own forward, because the cache is empty. The second is one
-    token, or, for a step in C, half of the start. ``run`` is left empty.
+    The first piece of each start ends at its place in ``ends``. It is computed by the model's own forward, because the cache
+    is empty. ``run`` is left empty.
     """
     run.resize(len(starts), CHECKED_TOKENS)
-    in_c = isinstance(run, SlotPass) and run.step is not None
-    ends = [len(ids) // 2 if in_c else len(ids) - 1 for ids in starts]
+    pieces = list(zip(range(len(starts)), starts, ends, strict=True))
     try:
-        if isinstance(run, SlotPass):
-            run.is_checked = True
-        first = [Piece(ids[:end], slot, 0) for slot, (ids, end) in enumerate(zip(starts, ends)) if end]
+        first = [Piece(ids[:end], slot, 0) for slot, ids, end in pieces if end]
         if first:
             run(first)
-        got = run([Piece(ids[end:], slot, end) for slot, (ids, end) in enumerate(zip(starts, ends))])
+        got = run([Piece(ids[end:], slot, end) for slot, ids, end in pieces])
     except FAILURES as error:
         return first_line(error)
     finally:
         run.resize(0, 0)
-        if isinstance(run, SlotPass):
-            run.is_checked = False
     off = difference(got, expected)
     return None if off <= tolerance else f"its logits differ by {off:.1e}"
 
