@@ -287,8 +287,9 @@ def render(found: dict[str, Any]) -> str:
         memory = f"; {max(peaks[0]) / 1e6:,.0f} and {max(peaks[1]) / 1e6:,.0f} MB" if all(peaks) else ""
         shares = [pair[0]["share_of_matmul"] for pair in one["pairs"] if "share_of_matmul" in pair[0]]
         reached = f"; {np.median(shares):.0%} of the rate of a large product" if shares else ""
+        often = "once" if len(one["pairs"]) == 1 else f"{len(one['pairs'])} times"
         lines += [
-            f"A full step of classification on {name}, {one['rows']:,} rows in turn with the plain loop, {len(one['pairs'])} times: "
+            f"A full step of classification on {name}, {one['rows']:,} rows in turn with the plain loop, {often}: "
             f"{mine:.0f} and {theirs:.0f} rows/s, **{one['ratio']:.2f} times**{memory}{reached}.\n",
         ]
     head = ["run", "figures", "rows/s", "peak memory", "peer's figures", "rows/s", "peak memory", "apart"]
