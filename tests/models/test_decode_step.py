@@ -275,6 +275,19 @@ def test_a_step_that_fails_the_check_of_a_new_engine_is_not_used(monkeypatch: py
     assert len(notes) == 1 and "without the C step: its logits differ by" in notes[0]
 
 
+def test_decoding_by_the_models_own_forward_is_checked_where_the_step_cannot_take_the_adapter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notes: list[str] = []
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["v_proj"], use_dora=True)).eval().get_base_model()
+    monkeypatch.setattr(
+        slot_cache, "_decode_by_kernel", lambda query, *given: query.new_ones(1, query.shape[2], *query.shape[1::2])
+    )
+    chosen = forward_passes.choose_pass(model, RowAdapters(model), range(5, 40), notes.append)
+    assert not isinstance(chosen, SlotPass)
+    assert len(notes) == 1 and "row by row: its logits differ by" in notes[0]
+
+
 def test_other_structures_keep_their_own_forward() -> None:
     assert all(decode_step(tiny_model(name)) is None for name in ("gemma", "gemma3", "gpt2"))
     adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["lm_head"]))

@@ -3,7 +3,8 @@
 Eager torch runs about forty operations a layer in a step. With few rows, starting them takes longer than the
 arithmetic. With many, torch copies and converts between the products as long as it multiplies.
 The step supports networks of llama's structure (llama, mistral, qwen2, qwen3 and similar) without an adapter
-or with LoRAs, on a CPU. ``SlotPass`` compares its first result with that of the model's own forward pass.
+or with LoRAs, on a CPU. The first result of each kind of step is compared with that
+of the model's own forward pass (``choose_pass``, ``SlotPass``).
 """
 
 from __future__ import annotations

@@ -342,14 +342,16 @@ def choose_pass(
     halves, last_token = [len(ids) // 2 for ids in starts], [len(ids) - 1 for ids in starts]
     slots = SlotPass(core, note, adapters, decode_weights)
     slots.is_checked = True
-    reason = _why_not(slots, starts, halves if slots.step else last_token, expected, tolerance)
-    if reason is not None and slots.step is not None:
-        failed, slots.step = reason, None
+    failed = reason = None
+    if slots.step is not None:
+        failed = _why_not(slots, starts, halves, expected, tolerance)
+        slots.step = slots.step if failed is None else None
+    if slots.step is None:  # nor is there one for adapters that cannot be stacked
         reason = _why_not(slots, starts, last_token, expected, tolerance)
-        if reason is None:
-            note(f"generating without the C step: {failed}")
     slots.is_checked = False
     if reason is None:
+        if failed is not None:
+            note(f"generating without the C step: {failed}")
         return slots
     plain = PlainPass(core, adapters)
     broken = _why_not(plain, starts, last_token, expected, tolerance)
