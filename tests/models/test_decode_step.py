@@ -17,8 +17,8 @@ from tests.tiny import tiny_model
 from tunesmith import machine
 from tunesmith.models.fast import kernels
 from tunesmith.models.generate import forward_passes, slot_cache
-from tunesmith.models.generate.decode_step import COPIED_SLOTS, KERNEL_ROWS, decode_step
-from tunesmith.models.generate.forward_passes import PROMPT_TOKENS, SlotPass
+from tunesmith.models.generate.decode_step import COPIED_SLOTS, KERNEL_ROWS, PROMPT_TOKENS, decode_step
+from tunesmith.models.generate.forward_passes import SlotPass
 from tunesmith.models.generate.row_adapters import RowAdapters
 from tunesmith.models.generate.slot_cache import Piece, attend
 
@@ -27,10 +27,10 @@ pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler
 LENGTHS = tuple(1 + 13 * row % 31 for row in range(70))
 
 
-def filled(model: Any, lengths: tuple[int, ...]) -> SlotPass:
+def filled(model: Any, lengths: tuple[int, ...], capacity: int = 64) -> SlotPass:
     """A pass whose slot ``n`` holds ``lengths[n]`` tokens; slot 0 of each pass is left empty."""
     run = SlotPass(model)
-    run.resize(len(lengths) + 1, 64)
+    run.resize(len(lengths) + 1, capacity)
     drawn = torch.Generator().manual_seed(1)
     rows = [torch.randint(5, 500, (length,), generator=drawn).tolist() for length in lengths]
     run([Piece(row, slot + 1, 0) for slot, row in enumerate(rows)])
@@ -192,19 +192,23 @@ PIECES = [
     ((5, 0),),  # tokens of a piece, and those that its slot holds
     ((2, 7), (1, 3), (3, 0)),
     ((9, 12), (30, 2), (1, 0), (11, 20)),
+    ((205, 33), (7, 1), (60, 0), (1, 9)),  # blocks of 192 queries, more rows than MANY_ROWS
 ]
 
 
 @pytest.mark.parametrize("shapes", PIECES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("mistral", {"sliding_window": 6}), ("qwen3", {})])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("llama", {}), ("llama", {"head_dim": 16}), ("mistral", {"sliding_window": 6, "head_dim": 16}), ("qwen3", {})],
+)
 @torch.inference_mode()
 def test_pieces_of_prompts_are_those_of_the_forward_pass(
     name: str, changes: dict[str, Any], dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]
 ) -> None:
     """Each token sees those before it in its piece and in its slot; logits are those of the last tokens."""
     model = tiny_model(name, **changes).to(dtype)
-    run = filled(model, tuple(max(1, ahead) for _, ahead in shapes))
+    run = filled(model, tuple(max(1, ahead) for _, ahead in shapes), 256)
     assert run.step is not None
     drawn = torch.Generator().manual_seed(2)
     pieces = [
@@ -220,20 +224,23 @@ def test_pieces_of_prompts_are_those_of_the_forward_pass(
     logits = run.step(torch.tensor([token for piece in pieces for token in piece.ids]), run.cache, last=ends)
     limit = 1e-5 if dtype is torch.float32 else 3e-2
     assert logits.shape == expected.shape and forward_passes.difference(logits, expected) < limit
+    limit = 1e-5 if dtype is torch.float32 else 0.1  # of 273 tokens, one is rounded more often than most
     for ours, theirs in zip((*run.cache.keys, *run.cache.values), wanted, strict=True):
         assert torch.allclose(ours, theirs, atol=limit, rtol=limit, equal_nan=True)
 
 
+@pytest.mark.parametrize("tokens", [(4, 2), (140, 9)])
 @pytest.mark.parametrize("names", [("one", "one"), ("one", "two"), (None, "two")])
 @torch.inference_mode()
-def test_pieces_of_several_adapters(names: tuple[str | None, str | None]) -> None:
+def test_pieces_of_several_adapters(names: tuple[str | None, str | None], tokens: tuple[int, int]) -> None:
     """Each token of a piece keeps the ranks of its own adapter; without a step in C, the pieces run in turns."""
     with torch.inference_mode(False):
         config = LoraConfig(r=3, lora_alpha=48, target_modules="all-linear", init_lora_weights=False)
-        model = get_peft_model(tiny_model("llama"), config, "one")
+        model = get_peft_model(tiny_model("llama", head_dim=16), config, "one")
         model.add_adapter("two", config)
-        run = filled(model.eval().get_base_model(), (4, 9))
-    pieces = [Piece([7, 8, 9, 10], 1, 4, names[0]), Piece([11, 12], 2, 9, names[1])]
+        run = filled(model.eval().get_base_model(), (4, 9), 256)
+    ids = [[7 + place % 90 for place in range(count)] for count in tokens]
+    pieces = [Piece(ids[0], 1, 4, names[0]), Piece(ids[1], 2, 9, names[1])]
     found = run(pieces)
     assert run.step is not None and run.checked_steps
     assert forward_passes.difference(found, run._in_turns(pieces)) < 1e-5
@@ -241,28 +248,31 @@ def test_pieces_of_several_adapters(names: tuple[str | None, str | None]) -> Non
     assert forward_passes.difference(run(others), found) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "dtype", "in_blocks"),
+    [
+        ("llama", {"head_dim": 16}, torch.float32, True),
+        ("llama", {"head_dim": 16}, torch.bfloat16, False),
+        ("llama", {}, torch.float32, False),
+        ("mistral", {"head_dim": 16, "sliding_window": 9}, torch.float32, False),
+    ],
+)
 @torch.inference_mode()
-def test_a_pass_over_many_tokens_of_prompts_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
+def test_many_tokens_of_prompts_are_a_step_in_c_where_it_attends_in_blocks(
+    name: str, changes: dict[str, Any], dtype: torch.dtype, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(name, **changes).to(dtype)
     run, own = SlotPass(model), []
     run.resize(1, 3 * PROMPT_TOKENS)
     forward = run._forward
     monkeypatch.setattr(run, "_forward", lambda pieces: own.append(pieces[0].end) or forward(pieces))
     run.is_checked = True  # as in choose_pass: nothing else calls the model's own forward
     ids = [5 + place % 400 for place in range(3 * PROMPT_TOKENS)]
-    for end, ahead in (
-        (4, 0),
-        (PROMPT_TOKENS, 4),
-        (2 * PROMPT_TOKENS, PROMPT_TOKENS),
-        (3 * PROMPT_TOKENS - 1, 2 * PROMPT_TOKENS),
-    ):
+    for end, ahead in ((4, 0), (PROMPT_TOKENS, 4), (3 * PROMPT_TOKENS - 1, PROMPT_TOKENS)):
         last = run([Piece(ids[ahead:end], 0, ahead)])
-    assert own == [4]
-    over = run([Piece(ids[: PROMPT_TOKENS + 1], 0, 0)])
-    assert own == [4, PROMPT_TOKENS + 1]
-    expected = model(torch.tensor([ids])).logits[0].float()
-    assert torch.allclose(last[0], expected[3 * PROMPT_TOKENS - 2], atol=1e-4)
-    assert torch.allclose(over[0], expected[PROMPT_TOKENS], atol=1e-4)
+    assert own == ([4] if in_blocks and kernels.vector_floats() == 8 else [4, 3 * PROMPT_TOKENS - 1])
+    expected = model(torch.tensor([ids])).logits[0, 3 * PROMPT_TOKENS - 2]
+    assert forward_passes.difference(last[0], expected.float()) < forward_passes.TOLERANCE[dtype]
 
 
 def test_a_step_that_fails_the_check_of_a_new_engine_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

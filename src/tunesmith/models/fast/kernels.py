@@ -84,6 +84,11 @@ def available(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in SUFFIX and library() is not None
 
 
+def vector_floats() -> int:
+    """Return how many floats a vector of the compiled passes holds."""
+    return _run("vector_floats")
+
+
 def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float) -> None:
     """Call the C function ``name`` for ``dtype`` (None: it has one form). Nothing checks the tensors' layout."""
     _run(_function(name, dtype), *arguments)

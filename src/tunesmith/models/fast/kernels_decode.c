@@ -20,17 +20,26 @@ typedef struct {
 #define CHUNK 48 /* outputs of a product at a time: they and their weights stay in the cache */
 #define FEW_CHUNK 480 /* the same with few rows, where only the order of reading matters */
 
+#define HAS_BLOCKS_f32 1
+#define LEAST_OF_BLOCK 8 /* rows: fewer read each key as fast as they would copy it */
+#define MANY_ROWS 128 /* with more, the threads share the norms as well */
+
 /* Where the threads meet: how many have arrived, how often all have; and the next task of each layer's attention. */
 typedef struct { i64 arrived, round, next[]; } Meeting;
+
+/* Rows whose attention is one task for each key head: consecutive tokens of one slot, the first of which sees `seen` tokens. */
+typedef struct { i64 first, count, seen; } Block;
 
 /* What a thread needs to know. Activations are (features, wide), a row a column. */
 typedef struct {
     const Sizes *n;
     i64 rows, wide, outputs, thread, threads; /* outputs of a product at a time */
-    float *x, *qkv, *chunk, *scores;
+    float *x, *qkv, *queries, *chunk, *scores; /* queries (rows, heads, dim), rotated */
     void *normed, *mixed, *product, *low; /* inputs of products, of type A; low: A x of up to three LoRAs */
     const float *keep, *cosine, *sine; /* keep (rank, wide): 1 for the ranks of a row's own adapter, else 0; or absent */
     const i64 *slots, *places;
+    const Block *blocks;
+    i64 block_count;
     float epsilon, scale;
     Meeting *meeting;
 } Step;
@@ -138,16 +147,18 @@ void F(decode_attention)(const T *q, const T *keys, const T *values, const i64 *
 /* x / rms(x) * weight of all rows, as inputs of a product. */
 static void F(norm_rows)(const Step *s, const void *weight, A *to) {
     const T *w = weight;
-    i64 width = s->n->hidden, wide = s->wide;
+    i64 width = s->n->hidden, wide = s->wide, begin = 0, end = width;
+    if (wide > MANY_ROWS) own_part(s, width, 16, &begin, &end);
     float sums[wide], some[16 * wide];
     EACH(r, wide) sums[r] = 0.0f;
     EACH(f, width) SIMD EACH(r, wide) sums[r] += s->x[f * wide + r] * s->x[f * wide + r];
     SIMD EACH(r, wide) sums[r] = 1.0f / sqrtf(sums[r] / (float)width + s->epsilon);
-    for (i64 f = 0; f < width; f += 16) {
-        i64 count = width - f < 16 ? width - f : 16;
+    for (i64 f = begin; f < end; f += 16) {
+        i64 count = end - f < 16 ? end - f : 16;
         EACH(i, count) SIMD EACH(r, wide) some[i * wide + r] = s->x[(f + i) * wide + r] * sums[r] * GET(w[f + i]);
         F(store_inputs)(some, f, count, to, width, wide);
     }
+    if (wide > MANY_ROWS) wait_for_all(s);
 }
 
 /* x / rms(x) * weight of one head. */
@@ -208,42 +219,84 @@ static void F(project)(const Step *s, const void *weight, const void *bias, cons
     }
 }
 
-/* The place of the first token of a slot and head in keys and values, in tokens. `task`: row and key head. */
-static inline i64 F(slot_of)(const Step *s, i64 task) {
-    return (s->slots[task / s->n->kv_heads] * s->n->kv_heads + task % s->n->kv_heads) * s->n->capacity;
+/* The place of the first token of a row's slot and a key head in keys and values, in tokens. */
+static inline i64 F(slot_of)(const Step *s, i64 row, i64 head) {
+    return (s->slots[row] * s->n->kv_heads + head) * s->n->capacity;
 }
 
-/* Rotate and store the key, and store the value, of one row and one key head. */
-static void F(store_row)(const Step *s, const Layer *layer, i64 task) {
+/* Rotate and store the keys of up to 16 rows and one key head, store the values, and rotate the queries that see them. */
+static void F(store_rows)(const Step *s, const Layer *layer, i64 first, i64 count, i64 head) {
     const Sizes *n = s->n;
-    i64 row = task / n->kv_heads, head = task % n->kv_heads, dim = n->dim, at = (F(slot_of)(s, task) + s->places[row]) * dim;
-    float key[dim];
+    i64 dim = n->dim, group = n->heads / n->kv_heads, wide = s->wide;
+    float some[16 * dim];
     T *keys = layer->keys, *values = layer->values;
-    EACH(i, dim) key[i] = s->qkv[((n->heads + head) * dim + i) * s->wide + row];
-    EACH(i, dim) values[at + i] = PUT(s->qkv[((n->heads + n->kv_heads + head) * dim + i) * s->wide + row]);
-    if (layer->k_norm) F(norm_head)(key, layer->k_norm, dim, s->epsilon);
-    F(rotate)(key, s->cosine + row * dim, s->sine + row * dim, dim);
-    EACH(i, dim) keys[at + i] = PUT(key[i]);
+    EACH(part, group + 2) {
+        i64 at = part < group ? head * group + part : part == group ? n->heads + head : n->heads + n->kv_heads + head;
+        swap_axes(s->qkv + at * dim * wide + first, wide, some, dim, dim, count);
+        EACH(r, count) {
+            i64 row = first + r, place = (F(slot_of)(s, row, head) + s->places[row]) * dim;
+            const void *norm = part < group ? layer->q_norm : layer->k_norm;
+            float *x = some + r * dim;
+            if (part > group) { EACH(i, dim) values[place + i] = PUT(x[i]); continue; }
+            if (norm) F(norm_head)(x, norm, dim, s->epsilon);
+            F(rotate)(x, s->cosine + row * dim, s->sine + row * dim, dim);
+            if (part == group) EACH(i, dim) keys[place + i] = PUT(x[i]);
+            else memcpy(s->queries + (row * n->heads + at) * dim, x, sizeof(float) * (size_t)dim);
+        }
+    }
 }
 
-/* Attention of one row and one key head to the tokens of its slot; the result is stored as inputs. */
-static void F(attend_row)(const Step *s, const Layer *layer, i64 task) {
+/* Attention of one row and one key head to the tokens of its slot; the result is stored as inputs. `next`: the row of the
+ * thread's next task and its key head, or none. */
+static void F(attend_row)(const Step *s, const Layer *layer, i64 row, i64 head, i64 next) {
     const Sizes *n = s->n;
-    i64 row = task / n->kv_heads, head = task % n->kv_heads, then = task + s->threads;
-    i64 dim = n->dim, group = n->heads / n->kv_heads, wide = s->wide, seen = s->places[row] + 1;
-    i64 first = n->window > 0 && seen > n->window ? seen - n->window : 0;
-    i64 slot = F(slot_of)(s, task), next = then < n->rows * n->kv_heads ? (F(slot_of)(s, then) - slot) * dim : 0;
+    i64 dim = n->dim, group = n->heads / n->kv_heads, seen = s->places[row] + 1;
+    i64 first = n->window > 0 && seen > n->window ? seen - n->window : 0, slot = F(slot_of)(s, row, head);
     float heads[group * dim];
-    A query[group * dim];
+    A query[group * dim], *mixed = s->mixed;
     const T *keys = layer->keys, *values = layer->values;
-    EACH(i, group * dim) heads[i] = s->qkv[(head * group * dim + i) * wide + row];
-    if (layer->q_norm) EACH(g, group) F(norm_head)(heads + g * dim, layer->q_norm, dim, s->epsilon);
-    EACH(g, group) F(rotate)(heads + g * dim, s->cosine + row * dim, s->sine + row * dim, dim);
-    EACH(i, group * dim) query[i] = A_PUT(heads[i]);
+    const float *q = s->queries + (row * n->heads + head * group) * dim;
+    if (next >= 0) next = (F(slot_of)(s, next / n->kv_heads, next % n->kv_heads) - slot) * dim;
+    EACH(i, group * dim) query[i] = A_PUT(q[i]);
     FT(attend_head)(query, keys + (slot + first) * dim, values + (slot + first) * dim, heads, s->scores, group, seen - first,
-                   dim, dim, s->scale, 0.0f, next);
-    A *mixed = s->mixed;
-    EACH(i, group * dim) mixed[F(input_at)(head * group * dim + i, row, n->heads * dim, wide)] = A_PUT(heads[i]);
+                   dim, dim, s->scale, 0.0f, next < 0 ? 0 : next);
+    EACH(i, group * dim) mixed[F(input_at)(head * group * dim + i, row, n->heads * dim, s->wide)] = A_PUT(heads[i]);
+}
+#if JOIN(HAS_BLOCKS, SUFFIX)
+/* Attention of the rows of a block and one key head to the tokens of their slot; the result is stored as inputs. */
+static void attend_block(const Step *s, const Layer *layer, const Block *block, i64 head) {
+    const Sizes *n = s->n;
+    Run run = {0, block->seen + block->count - 1, 0, 0};
+    i64 dim = n->dim, group = n->heads / n->kv_heads, all = n->heads * dim, slot = F(slot_of)(s, block->first, head) * dim;
+    float *scores = s->scores + round_up_16(run.length + 1) * dim, norms[2 * QUERIES_AT_ONCE], y[QUERIES_AT_ONCE * dim], *mixed = s->mixed;
+    pack_keys((const float *)layer->keys + slot, &run, dim, s->scores);
+    RANGE(at, head * group, (head + 1) * group) for (i64 i = 0; i < block->count; i += QUERIES_AT_ONCE) {
+        i64 rows = least(block->count - i, QUERIES_AT_ONCE), row = block->first + i;
+        attend_rows(s->queries + row * all + at * dim, all, s->scores, (const float *)layer->values + slot, &run, scores,
+                    score_wide(run.length), s->scale, norms, y, dim, rows, block->seen + i, dim);
+        EACH(r, rows) EACH(d, dim) mixed[F(input_at)(at * dim + d, row + r, all, s->wide)] = y[r * dim + d];
+    }
+}
+#endif
+
+/* Cut the rows of a step into blocks; return their number, and in *longest the most keys that a block of several rows has. */
+static i64 F(cut)(const Sizes *n, const i64 *slots, const i64 *places, Block *blocks, i64 *longest) {
+    i64 count = 0;
+    *longest = 0;
+    for (i64 row = 0, end; row < n->rows; row = end) {
+        for (end = row + 1; end < n->rows && end - row < QUERIES_PER_TASK; end++)
+            if (slots[end] != slots[row] || places[end] != places[end - 1] + 1) break;
+#if JOIN(HAS_BLOCKS, SUFFIX)
+        i64 seen = places[end - 1] + 1;
+        if (n->dim % 16 == 0 && end - row >= LEAST_OF_BLOCK && !(n->window > 0 && n->window < seen)) {
+            blocks[count++] = (Block){row, end - row, places[row] + 1};
+            *longest = seen > *longest ? seen : *longest;
+            continue;
+        }
+#endif
+        for (; row < end; row++) blocks[count++] = (Block){row, 1, places[row] + 1};
+    }
+    return count;
 }
 
 /* This thread's part of silu(gate) * up, as inputs of the last product. */
@@ -263,10 +316,11 @@ static void F(gate_and_up)(const Step *s, const Layer *layer) {
     }
 }
 
-static void F(run_layer)(const Step *s, const Layer *layer, i64 *next) {
+/* A layer as far as its attention. */
+static void F(attend)(const Step *s, const Layer *layer, i64 *next) {
     const Sizes *n = s->n;
     const Lora *loras = layer->loras;
-    i64 hidden = n->hidden, width = n->heads * n->dim, kv_width = n->kv_heads * n->dim;
+    i64 hidden = n->hidden, width = n->heads * n->dim, kv_width = n->kv_heads * n->dim, kv_heads = n->kv_heads;
     float *k = s->qkv + width * s->wide, *v = k + kv_width * s->wide;
     F(norm_rows)(s, layer->norm, s->normed);
     F(lower)(s, loras + ON_Q, 3, s->normed, hidden);
@@ -274,11 +328,26 @@ static void F(run_layer)(const Step *s, const Layer *layer, i64 *next) {
     F(project)(s, layer->k, layer->k_bias, loras + ON_K, 1, s->normed, hidden, kv_width, k, 0);
     F(project)(s, layer->v, layer->v_bias, loras + ON_V, 2, s->normed, hidden, kv_width, v, 0);
     wait_for_all(s);
-    for (i64 task = s->thread; task < n->rows * n->kv_heads; task += s->threads) F(store_row)(s, layer, task);
+    for (i64 task = s->thread; task < (n->rows + 15) / 16 * kv_heads; task += s->threads)
+        F(store_rows)(s, layer, task / kv_heads * 16, least(16, n->rows - task / kv_heads * 16), task % kv_heads);
     wait_for_all(s);
-    for (i64 task; (task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < n->rows * n->kv_heads;)
-        F(attend_row)(s, layer, task);
+    for (i64 task; (task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < s->block_count * kv_heads;) {
+        i64 then = task + s->threads;
+        const Block *block = s->blocks + task / kv_heads;
+#if JOIN(HAS_BLOCKS, SUFFIX)
+        if (block->count > 1) { attend_block(s, layer, block, task % kv_heads); continue; }
+#endif
+        F(attend_row)(s, layer, block->first, task % kv_heads,
+                      then < s->block_count * kv_heads ? s->blocks[then / kv_heads].first * kv_heads + then % kv_heads : -1);
+    }
     wait_for_all(s);
+}
+
+/* The rest of the layer. */
+static void F(finish)(const Step *s, const Layer *layer) {
+    const Sizes *n = s->n;
+    const Lora *loras = layer->loras;
+    i64 hidden = n->hidden, width = n->heads * n->dim;
     F(lower)(s, loras + ON_O, 1, s->mixed, width);
     F(project)(s, layer->o, layer->o_bias, loras + ON_O, 0, s->mixed, width, hidden, s->x, 1);
     wait_for_all(s);
@@ -289,6 +358,19 @@ static void F(run_layer)(const Step *s, const Layer *layer, i64 *next) {
     F(lower)(s, loras + ON_DOWN, 1, s->product, n->inner);
     F(project)(s, layer->down, 0, loras + ON_DOWN, 0, s->product, n->inner, hidden, s->x, 1);
     wait_for_all(s);
+}
+
+/* Go on with the rows `last` alone: `to` has room for them. */
+static void F(keep_rows)(Step *s, const Step *to, const i64 *last) {
+    i64 width = s->n->heads * s->n->dim;
+    A *mixed = s->mixed, *kept = to->mixed;
+    float *keep = (float *)to->keep;
+    for (i64 f = s->thread; f < s->n->hidden; f += s->threads) EACH(r, to->rows) to->x[f * to->wide + r] = s->x[f * s->wide + last[r]];
+    for (i64 f = s->thread; f < width; f += s->threads)
+        EACH(r, to->rows) kept[F(input_at)(f, r, width, to->wide)] = mixed[F(input_at)(f, last[r], width, s->wide)];
+    if (keep && !s->thread) EACH(i, s->n->rank) EACH(r, to->rows) keep[i * to->wide + r] = s->keep[i * s->wide + last[r]];
+    wait_for_all(s);
+    *s = *to;
 }
 
 /* This thread's part of logits (rows, vocabulary) = head (vocabulary, hidden) x of the rows of `s`. */
@@ -308,35 +390,43 @@ static void F(project_to_logits)(const Step *s, const W *head, float *logits) {
 i64 F(decode_step)(const float *x, const Layer *layers, const Sizes *n, const T *norm, const W *head, const float *cosine,
                    const float *sine, const i64 *slots, const i64 *places, const i64 *last, const float *keep, float *logits,
                    float epsilon, float scale) {
-    i64 wide = WIDE(n->rows), hidden = n->hidden, width = (n->heads + 2 * n->kv_heads) * n->dim;
-    i64 outputs = OUTPUTS(wide), wide_read = WIDE(n->read), outputs_read = OUTPUTS(wide_read);
+    i64 wide = WIDE(n->rows), hidden = n->hidden, all = n->heads * n->dim, width = all + 2 * n->kv_heads * n->dim, rank = n->rank;
+    i64 outputs = OUTPUTS(wide), wide_read = WIDE(n->read), outputs_read = OUTPUTS(wide_read), longest;
     i64 chunk_size = outputs * wide > outputs_read * wide_read ? outputs * wide : outputs_read * wide_read;
-    i64 shared = (hidden + width + n->heads * n->dim + n->inner + 4 * n->rank) * wide + hidden * wide_read;
-    i64 own = round_up_16(hidden * wide + 3 * chunk_size + n->heads / n->kv_heads * n->capacity), threads = omp_get_max_threads();
-    float *space = calloc((size_t)(shared + threads * own + 16), sizeof(float));
+    i64 shared_norm = wide > MANY_ROWS ? hidden * wide : 0, own_norm = hidden * (shared_norm ? wide_read : wide);
+    i64 shared = (hidden + width + all + n->inner + 4 * rank) * wide + all * n->rows + shared_norm + (hidden + all + rank) * wide_read;
+    Block *blocks = malloc(sizeof(Block) * (size_t)n->rows);
     Meeting *meeting = calloc(1, sizeof(Meeting) + sizeof(i64) * (size_t)n->layers);
-    if (!space || !meeting) { free(space); free(meeting); return 1; }
-    float *residual = space, *qkv = residual + hidden * wide, *mixed = qkv + width * wide, *product = mixed + n->heads * n->dim * wide;
-    float *low = product + n->inner * wide, *kept = keep ? low + 3 * n->rank * wide : 0;
-    float *x_read = low + 4 * n->rank * wide;
-    if (keep) swap_axes(keep, n->rank, kept, wide, n->rows, n->rank);
+    if (!blocks || !meeting) { free(blocks); free(meeting); return 1; }
+    i64 block_count = F(cut)(n, slots, places, blocks, &longest), of_rows = n->heads / n->kv_heads * n->capacity;
+    i64 of_blocks = longest ? round_up_16(longest + 1) * n->dim + QUERIES_AT_ONCE * score_wide(longest) : 0;
+    i64 own = round_up_16(own_norm + 3 * chunk_size + (of_rows > of_blocks ? of_rows : of_blocks)), threads = omp_get_max_threads();
+    float *space = calloc((size_t)(shared + threads * own + 16), sizeof(float));
+    if (!space) { free(blocks); free(meeting); return 1; }
+    float *residual = space, *qkv = residual + hidden * wide, *mixed = qkv + width * wide, *product = mixed + all * wide;
+    float *low = product + n->inner * wide, *kept = keep ? low + 3 * rank * wide : 0, *queries = low + 4 * rank * wide;
+    float *normed = queries + all * n->rows, *x_read = normed + shared_norm, *mixed_read = x_read + hidden * wide_read;
+    if (keep) swap_axes(keep, rank, kept, wide, n->rows, rank);
     swap_axes(x, hidden, residual, wide, n->rows, hidden);
     PRAGMA(omp parallel num_threads(threads))
     {
-        float *mine = space + round_up_16(shared) + omp_get_thread_num() * own, *chunk = mine + hidden * wide;
-        Step step = {n, n->rows, wide, outputs, omp_get_thread_num(), omp_get_num_threads(), residual, qkv, chunk,
-                     chunk + 3 * chunk_size, mine, mixed, product, low, kept, cosine, sine, slots, places, epsilon, scale, meeting};
-        EACH(l, n->layers) F(run_layer)(&step, layers + l, meeting->next + l);
-        if (n->read < n->rows) {
-            for (i64 f = step.thread; f < hidden; f += step.threads)
-                EACH(r, n->read) x_read[f * wide_read + r] = residual[f * wide + last[r]];
-            wait_for_all(&step);
-            step.x = x_read, step.rows = n->read, step.wide = wide_read, step.outputs = outputs_read;
+        float *mine = space + round_up_16(shared) + omp_get_thread_num() * own, *chunk = mine + own_norm;
+        Step step = {n, n->rows, wide, outputs, omp_get_thread_num(), omp_get_num_threads(), residual, qkv, queries, chunk,
+                     chunk + 3 * chunk_size, shared_norm ? normed : mine, mixed, product, low, kept, cosine, sine, slots, places,
+                     blocks, block_count, epsilon, scale, meeting};
+        Step read = step;
+        read.rows = n->read, read.wide = wide_read, read.outputs = outputs_read, read.x = x_read, read.mixed = mixed_read;
+        read.keep = keep ? mixed_read + all * wide_read : 0, read.normed = wide_read > MANY_ROWS ? normed : mine;
+        EACH(l, n->layers) {
+            F(attend)(&step, layers + l, meeting->next + l);
+            if (l + 1 == n->layers && n->read < n->rows) F(keep_rows)(&step, &read, last);
+            F(finish)(&step, layers + l);
         }
         F(norm_rows)(&step, norm, step.normed);
         F(project_to_logits)(&step, head, logits);
     }
     free(space);
+    free(blocks);
     free(meeting);
     return 0;
 }

@@ -1,4 +1,4 @@
-"""One decoding step of a llama, or a short piece of a prompt, as one call of C, for any number of rows.
+"""One decoding step of a llama, or a pass over pieces of prompts, as one call of C, for any number of rows.
 
 Eager torch runs about forty operations a layer in a step. With few rows, starting them takes longer than the
 arithmetic. With many, torch copies and converts between the products as long as it multiplies.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith import machine
-from tunesmith.models.fast import kernels
+from tunesmith.models.fast import attention, kernels
 from tunesmith.models.generate.row_adapters import LoraStack
 from tunesmith.models.generate.slot_cache import SlotCache
 from tunesmith.models.load import huge_pages
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 KERNEL_ROWS = (4, 15)
 """With more rows than each, the C step multiplies in another way (FEW and ALONG in kernels_products.c)."""
+PROMPT_TOKENS = 128
+"""With more tokens, the model's own forward is faster where C does not compute attention in blocks."""
 COPIED_SLOTS = 32
 """With more slots, decoding reads fp32 weights as they are: products take the time, and copies would take memory next to
 the keys and values of many rows. 64 rows took 124 ms with copies and 131 without (AVX2), 16 rows 35 and 43."""
@@ -80,6 +82,13 @@ class DecodeStep:
         head = self.core.get_output_embeddings()
         assert head is not None
         return [_base(one) for products in self.products for one in products] + [head]
+
+    def takes(self, tokens: int, capacity: int) -> bool:
+        """Return whether this step is the faster way to run so many tokens of prompts, in slots of that ``capacity``."""
+        in_blocks = (
+            attention.in_c(torch.empty(self.dim, dtype=self.norm.dtype)) and kernels.vector_floats() == 8
+        )
+        return tokens <= PROMPT_TOKENS or (in_blocks and not 0 < self.window < capacity)
 
     def packed(self) -> DecodeStep:
         """Return a step that reads bf16 copies of its fp32 matrices: half the bytes, and the same numbers.

@@ -31,8 +31,6 @@ from tunesmith.models.generate.slot_cache import CannotUseSlots, Piece, SlotCach
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPT_TOKENS = 128
-"""With more tokens, a pass over prompts is the model's own forward, whose products are faster than those of the C step."""
 CHECKED_TOKENS = 24
 """Tokens of a prompt on which attention over slots is compared with the model's own."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -107,10 +105,10 @@ class SlotPass:
             self._begin_slots()
         self.cache.begin(pieces, self.core.device)
         drawn = all(piece.drawn for piece in pieces)
-        few = sum(len(piece.ids) for piece in pieces) <= PROMPT_TOKENS
-        if self.step is not None and self.cache.keys and (drawn or few):
+        tokens, step = sum(len(piece.ids) for piece in pieces), self.step
+        if step is not None and self.cache.keys and (drawn or step.takes(tokens, self.cache.capacity)):
             try:
-                return self._run_step(self.step, pieces, drawn)
+                return self._run_step(step, pieces, drawn)
             except CannotStack:
                 self.step = None
         return self._forward_of_adapters(pieces)
