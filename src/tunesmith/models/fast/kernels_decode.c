@@ -1,9 +1,9 @@
-/* One decoding step: one new token of each running row, or some tokens of each: a short piece of a prompt. Each token is
- * a row of the step. Included by kernels.c, once for each type of weights.
+/* One decoding step: one new token of each running row, or pieces of prompts. Each token is a row of the step. Included by
+ * kernels.c, once for each type of weights.
  *
  * Between the products, activations are fp32. All threads run through the layers together and wait for one another
  * five times a layer; a starting thread costs more than such a wait. Each thread computes its part of the outputs of
- * a product, and the norms for itself, which is cheaper than to share them.
+ * a product, and the norms for itself, which is cheaper than to share them if there are few rows.
  */
 #ifndef T
 /* Sizes of the network and of its cache, in the order in which decode_step.py passes them. */
